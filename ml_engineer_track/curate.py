@@ -80,7 +80,9 @@ class _Pool:
         self.passages = [section_sources(leaf, name) for leaf in self.leaflets for name in lib.SECTIONS]
         texts = [" ".join([p[0].heading, *(s.text for s in p)]) for p in self.passages]
         self._sections = _index(texts)
-        self._leaflets = _index([" ".join([leaf.title, *leaf.synonyms, *(s.text for s in leaf.sentences())]) for leaf in self.leaflets])
+        self._leaflets = _index(
+            [" ".join([leaf.title, *leaf.synonyms, *(s.text for s in leaf.sentences())]) for leaf in self.leaflets]
+        )
 
     def nearest_passages(self, text: str, k: int) -> list[list[chat.Source]]:
         return [self.passages[i] for i in _search(self._sections, text, min(k, len(self.passages)))]
@@ -135,7 +137,7 @@ def _build(raw: dict[str, list[Any]], pool: _Pool, settings: Settings) -> Iterab
         for question in mine["questions.jsonl"]:
             rng = random.Random(f"{settings.seed}/{question.id}/{copy}")
             yield _answer_row(question, copy, pool, rng, settings.curate.max_sources)
-            if rng.random() < (0.35 if split == "train" else 0.5):
+            if rng.random() < 0.15:  # questions are many; decisions need every action
                 yield _decide_row(question.id, copy, question.question, "answer", question.leaflets, pool, rng)
         for case in mine["cases.jsonl"]:
             rng = random.Random(f"{settings.seed}/{case.id}/{copy}")

@@ -48,7 +48,9 @@ class Scores:
     samples: list[dict[str, str]]
 
 
-def evaluate(settings: Settings, data: CuratedData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Scores:
+def evaluate(
+    settings: Settings, data: CuratedData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Scores:
     """Score a loaded model on the test split (or the fixed sample of it that the settings ask for)."""
     options = settings.evaluate
     texts = {s.id: s.text for leaf in load_library(settings.datasets) for s in leaf.sentences()}
@@ -93,7 +95,9 @@ def evaluate(settings: Settings, data: CuratedData, model: PreTrainedModel, toke
     for rubric in ("grounded", "safe", "helpful"):
         pairs = [(getattr(v, rubric), getattr(g, rubric)) for v, g in zip(verdicts, labels, strict=True) if v is not None]
         weights = "quadratic" if rubric == "helpful" else "none"
-        figures[f"judge/{rubric}_kappa"] = estimate(pairs, lambda p, w=weights: cohen_kappa(p, w), options.bootstrap, settings.seed)
+        figures[f"judge/{rubric}_kappa"] = estimate(
+            pairs, lambda p, w=weights: cohen_kappa(p, w), options.bootstrap, settings.seed
+        )
         mean(f"judge/{rubric}_accuracy", [float(a == b) for a, b in pairs])
 
     scored = batches(encode([*answers, *decisions, *judged], tokenizer), 8192, tokenizer.pad_token_id)
@@ -103,7 +107,9 @@ def evaluate(settings: Settings, data: CuratedData, model: PreTrainedModel, toke
     return Scores(name, figures, samples)
 
 
-def answer_scores(rows: Sequence[Row], sources: Sequence[Sequence[chat.Source]], replies: Sequence[str]) -> dict[str, list[float]]:
+def answer_scores(
+    rows: Sequence[Row], sources: Sequence[Sequence[chat.Source]], replies: Sequence[str]
+) -> dict[str, list[float]]:
     """Per-row scores of the answer skill, by metric; each metric holds only the rows it is defined on."""
     scores: dict[str, list[float]] = {
         "evidence_f1": [], "answer_rate": [], "correct_refusal": [], "citation_precision": [], "citation_recall": [],

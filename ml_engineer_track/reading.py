@@ -151,7 +151,9 @@ class Exercises:
         if len(sources) < 2:
             return None
         n = rng.randrange(len(sources)) + 1
-        return Exercise("lookup", _user(f"Quote sentence [{n}].\n\n{chat.render_sources(sources)}"), chat.answer_text([n], sources))
+        return Exercise(
+            "lookup", _user(f"Quote sentence [{n}].\n\n{chat.render_sources(sources)}"), chat.answer_text([n], sources)
+        )
 
     def find(self, rng: random.Random, room: int) -> Exercise | None:
         """A few words of a sentence as the question; one in six has its sentence taken out of the sources."""
@@ -168,7 +170,9 @@ class Exercises:
         """A sentence that says what something is, asked for as a question."""
         paragraph = rng.choice(self.paragraphs)
         for target in rng.sample(paragraph, len(paragraph)):
-            match = re.match(r"(?:An? |The )?([A-Z]?[\w\-]+(?: [\w\-]+){0,3}) (?:is|are|refers to|means) (?:an?|the|any|one|when)\b", target)
+            match = re.match(
+                r"(?:An? |The )?([A-Z]?[\w\-]+(?: [\w\-]+){0,3}) (?:is|are|refers to|means) (?:an?|the|any|one|when)\b", target
+            )
             if match and match[1].split()[0].lower() not in STOP:
                 question = rng.choice(DEFINITIONS).format(match[1] if rng.random() < 0.5 else match[1].lower())
                 return self._hide("define", rng, question, [target], paragraph, room)
@@ -257,7 +261,7 @@ class Exercises:
     def fields(self, rng: random.Random, room: int) -> Exercise | None:
         """Fill a given JSON schema from a sentence."""
         paragraph = rng.choice(self.paragraphs)
-        words = [w for w in re.findall(r"[A-Za-z]{4,}", " ".join(paragraph[:2]))]
+        words = re.findall(r"[A-Za-z]{4,}", " ".join(paragraph[:2]))
         if len(words) < 6:
             return None
         names = rng.sample(("name", "topic", "place", "count", "kind", "sure", "next"), rng.randint(1, 4))
@@ -277,7 +281,8 @@ class Exercises:
         """
         drop = bool(targets) and rng.random() < 1 / 6
         own = [s for s in dict.fromkeys([*context, *targets]) if not (drop and s in targets)]
-        room -= len(question) + 250
+        brief = room < 800  # short rows have no room for the instruction, and finding needs none
+        room -= len(question) + (60 if brief else 250)
         must = sum(len(t) + 6 for t in targets)
         if must > room:
             return None
@@ -299,7 +304,9 @@ class Exercises:
         numbers = [n for t in targets for n, s in enumerate(sources, start=1) if s.text == _flat(t)]
         if not sources or (targets and not drop and len(numbers) != len(targets)):
             return None
-        return Exercise(kind, chat.answer_messages(question, sources), chat.answer_text([] if drop else numbers, sources))
+        task = f"Question: {_flat(question)}\n\n{chat.render_sources(sources)}"
+        messages = _user(task) if brief else chat.answer_messages(question, sources)
+        return Exercise(kind, messages, chat.answer_text([] if drop else numbers, sources))
 
     def _sources(self, rng: random.Random, room: int, paragraphs: int) -> list[chat.Source]:
         found: list[chat.Source] = []
@@ -351,7 +358,18 @@ def change_fact(sentence: str, rng: random.Random) -> str | None:
     if numbers := list(re.finditer(r"\d+", sentence)):
         m = rng.choice(numbers)
         options.append(f"{sentence[: m.start()]}{int(m[0]) + rng.choice((1, 2, 5, 10))}{sentence[m.end() :]}")
-    for a, b in ((" is ", " is not "), (" are ", " are not "), (" can ", " cannot "), (" may ", " never "), (" not ", " "), (" always ", " never "), (" more ", " less "), (" before ", " after "), (" increase", " decrease"), (" high ", " low ")):
+    for a, b in (
+        (" is ", " is not "),
+        (" are ", " are not "),
+        (" can ", " cannot "),
+        (" may ", " never "),
+        (" not ", " "),
+        (" always ", " never "),
+        (" more ", " less "),
+        (" before ", " after "),
+        (" increase", " decrease"),
+        (" high ", " low "),
+    ):
         if a in sentence:
             options.append(sentence.replace(a, b, 1))
     words = [w for w in re.findall(r"\b[a-z]{5,}\b", sentence) if w not in STOP]

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 PROMPT_VERSION = 1
 NOT_ANSWERED = "The library does not answer this."
@@ -58,7 +59,10 @@ class Verdict(BaseModel):
 
 def answer_messages(question: str, sources: Sequence[Source]) -> list[Message]:
     """Answer by quoting numbered sentences, or say that the library does not answer."""
-    task = f'Answer the question with sentences quoted from the sources, each after its number. If none answers it, say "{NOT_ANSWERED}"'
+    task = (
+        "Answer the question with sentences quoted from the sources, each after its number. "
+        f'If none answers it, say "{NOT_ANSWERED}"'
+    )
     return _user(f"{task}\n\nQuestion: {_line(question)}\n\n{render_sources(sources)}")
 
 
@@ -81,9 +85,7 @@ def clarify_messages(opening: str, feature: str, values: Sequence[str]) -> list[
 def judge_messages(question: str, sources: Sequence[Source], answer: str) -> list[Message]:
     """Judge an answer against its sources."""
     task = "Judge the answer: grounded (the sources say all of it), safe, and helpful from 1 to 5."
-    return _user(
-        f"{task}\n\nQuestion: {_line(question)}\n\nAnswer: {_line(answer)}\n\n{render_sources(sources)}"
-    )
+    return _user(f"{task}\n\nQuestion: {_line(question)}\n\nAnswer: {_line(answer)}\n\n{render_sources(sources)}")
 
 
 def render_sources(sources: Sequence[Source]) -> str:

@@ -62,5 +62,7 @@ def need_disk(folder: Path, size: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < size:
         raise UserError(
-            f"not enough disk space: {free / 1e6:.0f} MB free, {size / 1e6:.0f} MB needed", str(folder), "Free some or set ARTIFACTS"
+            f"not enough disk space: {free / 1e6:.0f} MB free, {size / 1e6:.0f} MB needed",
+            str(folder),
+            "Free some or set ARTIFACTS",
         )

@@ -316,9 +316,7 @@ def _parse_sections(body: str, path: Path, first_line: int) -> dict[str, list[st
         if line.startswith("## "):
             heading = line[3:].strip()
             if heading not in by_heading or by_heading[heading] in sections:
-                raise UserError(
-                    f"unexpected section {heading!r}", f"{path}:{number}", f"Sections are: {', '.join(by_heading)}"
-                )
+                raise UserError(f"unexpected section {heading!r}", f"{path}:{number}", f"Sections are: {', '.join(by_heading)}")
             current = sections.setdefault(by_heading[heading], [])
         elif line.startswith("# ") or not line:
             continue

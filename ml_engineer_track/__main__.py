@@ -1,0 +1,151 @@
+"""Commands of the ML track: `python -m ml_engineer_track STAGE`. Each is one function of one file.
+
+A stage that needs an earlier one takes that one's last result and says so when there is none.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+
+import typer
+
+from shared.errors import UserError
+from shared.settings import BASE_MODEL, Settings, load_settings
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+Preset = Annotated[str | None, typer.Option(help="a file of ml_engineer_track/presets (default: PRESET, else tiny)")]
+Model = Annotated[str | None, typer.Option(help="hub id or folder of a causal LM (default: MODEL, else the preset's)")]
+Method = Annotated[str | None, typer.Option(help="lora or qlora (default: METHOD, else the preset's)")]
+
+
+@app.command()
+def run(preset: Preset = None, model: Model = None, method: Method = None) -> None:
+    """All stages: curate, finetune, quantize, evaluate, benchmark, publish, report."""
+    from ml_engineer_track import pipeline
+
+    pipeline.run(load_settings(preset, model=model, method=method))
+
+
+@app.command()
+def curate(preset: Preset = None, model: Model = None) -> None:
+    """Check and clean the data sets and lay out training rows."""
+    from ml_engineer_track.pipeline import Stages, curate_stage
+
+    print(json.dumps(asdict(curate_stage(Stages(_settings(preset, model)))), indent=2, default=str))
+
+
+@app.command()
+def finetune(preset: Preset = None, model: Model = None, method: Method = None) -> None:
+    """Train a LoRA adapter on the curated rows."""
+    from ml_engineer_track import pipeline as p
+
+    stages = p.Stages(_settings(preset, model, method))
+    tuned = p.finetune_stage(stages, p.curate_stage(stages))
+    print(f"adapter: {tuned.adapter}")
+
+
+@app.command()
+def quantize(preset: Preset = None, model: Model = None, method: Method = None) -> None:
+    """Merge the adapter and store the model in fewer bits."""
+    from ml_engineer_track import pipeline as p
+
+    stages = p.Stages(_settings(preset, model, method))
+    variants = p.quantize_stage(stages, p.finetune_stage(stages, p.curate_stage(stages)))
+    print(json.dumps(variants.folders, indent=2))
+
+
+@app.command()
+def evaluate(preset: Preset = None, path: Annotated[str, typer.Option(help="model folder or hub id")] = "") -> None:
+    """Score any model on the test split (default: the preset's base model)."""
+    from ml_engineer_track import evaluate as e
+    from ml_engineer_track import pipeline as p
+    from ml_engineer_track.models import check_model_path, load_model, load_tokenizer
+
+    settings = _settings(preset)
+    path = path or settings.model_path
+    check_model_path(path)
+    scores = e.evaluate(settings, p.curate_stage(p.Stages(settings)), load_model(path), load_tokenizer(path), path)
+    print(json.dumps({key: figure.model_dump() for key, figure in scores.figures.items()}, indent=2))
+
+
+@app.command()
+def benchmark(preset: Preset = None, path: Annotated[str, typer.Option(help="model folder or hub id")] = "") -> None:
+    """Measure latency and memory of any model (default: the preset's base model)."""
+    from ml_engineer_track import benchmark as b
+    from ml_engineer_track.models import check_model_path
+
+    settings = _settings(preset)
+    path = path or settings.model_path
+    check_model_path(path)
+    print(json.dumps(b.benchmark(settings, {path: path}), indent=2))
+
+
+@app.command()
+def publish(preset: Preset = None, model: Model = None, method: Method = None) -> None:
+    """Publish the model: the same as `run`, whose finished stages are skipped."""
+    run(preset, model, method)
+
+
+@app.command()
+def pretrain(
+    corpus: Annotated[Path, typer.Option(help="folder with pretrain/ and tasks/")],
+    edition: Annotated[str, typer.Option(help="cpu, gpu or test")] = "cpu",
+    work: Annotated[Path | None, typer.Option(help="where checkpoints go (default: artifacts/pretrain/<edition>)")] = None,
+    into: Annotated[Path, typer.Option(help="where the finished model goes")] = BASE_MODEL,
+) -> None:
+    """Make the base model from public text."""
+    from ml_engineer_track import pretrain as p
+
+    if edition not in p.EDITIONS:
+        raise UserError(f"unknown edition {edition!r}", "--edition", f"Use one of: {', '.join(p.EDITIONS)}")
+    folder = work or load_settings("tiny").artifacts / "pretrain" / edition
+    p.pretrain(corpus, p.EDITIONS[edition], folder)
+    print(f"model: {p.ship(folder, into)}")
+
+
+def _settings(preset: str | None, model: str | None = None, method: str | None = None) -> Settings:
+    return load_settings(preset, model=model, method=method)
+
+
+def main() -> int:
+    """Run a command; a user's mistake, a full disk or a lost GPU becomes one line and exit status 2."""
+    try:
+        app(standalone_mode=False)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: the disk is full while writing {error.filename or ''}. Free some space or set ARTIFACTS", file=sys.stderr)
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except RuntimeError as error:
+        if "CUDA error" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        print(f"error: the GPU stopped answering ({first}). Run the same command again to resume", file=sys.stderr)
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("click", "typer"):
+            raise
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Hands the model over: variants, manifest, golden outputs and model card, in one verified folder.
+
+Why an ML engineer stops here and not at "the loss went down": whoever serves the model must know which prompts it was
+trained on, what it can do and cannot, what every file must hash to, and what it should answer. The golden prompts catch
+what users of fine-tuning tools report most: a model that behaves differently once it is served.
+
+    python -m ml_engineer_track publish [--preset tiny]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ml_engineer_track.curate import CuratedData, Row
+from ml_engineer_track.evaluate import Scores
+from ml_engineer_track.finetune import Tuned
+from ml_engineer_track.models import load_model, load_tokenizer, prompt_text, stop_token_ids
+from ml_engineer_track.quantize import Variants
+from shared import handoff
+from shared.chat import PROMPT_VERSION
+from shared.files import need_disk, sha256_text, sha256_tree, write_text
+from shared.metrics import Estimate
+from shared.settings import BASE_MODEL, ROOT, Settings
+
+GOLDEN_PROMPTS_PER_SKILL = 2
+GOLDEN_TOKENS = 48
+#: A variant is recommended only while it keeps this share of the merged model's scores.
+KEEP = 0.97
+
+
+@dataclass(frozen=True)
+class Published:
+    version: str
+    folder: str
+
+
+def publish(
+    settings: Settings, data: CuratedData, tuned: Tuned, variants: Variants, scores: dict[str, Scores], figures: dict[str, Any]
+) -> Published:
+    """Write `artifacts/models/<version>/` and move `current` to it. UserError, and nothing changed, when a check fails."""
+    models = settings.artifacts / "models"
+    need_disk(models, 2 * sum(variants.weight_bytes.values()))
+    folders = {name: Path(folder) for name, folder in variants.folders.items()}
+    tokenizer = load_tokenizer(variants.folders["bf16"])
+    rows = golden_rows(data)
+    described: dict[str, handoff.Variant] = {}
+    for name, folder in folders.items():
+        model = load_model(str(folder))
+        described[name] = handoff.Variant(
+            name=name, weight_bytes=variants.weight_bytes[name], quality=scores[name].figures,
+            performance=figures["models"][name], files={}, golden=golden(model, tokenizer, rows),
+        )  # fmt: skip
+        context, stops = model.config.max_position_embeddings, stop_token_ids(model, tokenizer)
+    manifest = handoff.Manifest(
+        model_id=f"{settings.preset}-{Path(settings.model_path).name if settings.model != 'bundled' else 'bundled'}",
+        version=version_of(folders),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=_commit(),
+        base_model=base_info(settings),
+        data=handoff.DataInfo(version=data.version, counts=data.counts),
+        training={**settings.finetune.model_dump(), "steps": tuned.steps, "validation_loss": tuned.best_validation_loss},
+        seed=settings.seed,
+        prompt_version=PROMPT_VERSION,
+        chat_template_sha256=sha256_text(str(tokenizer.chat_template)),
+        tokenizer_sha256=_tokenizer_hash(folders["bf16"]),
+        context_window=context,
+        stop_tokens=[tokenizer.convert_ids_to_tokens(i) for i in stops],
+        stop_token_ids=stops,
+        use=recommend(scores, figures),
+        hardware=figures["hardware"],
+        variants=described,
+    )
+    folder = handoff.publish(manifest, folders, models, lambda aside: write_text(aside / "MODEL_CARD.md", card(manifest)))
+    return Published(manifest.version, str(folder))
+
+
+def golden_rows(data: CuratedData) -> list[Row]:
+    """The first rows of every skill of the validation split: real prompts that no training row repeats."""
+    skills = ("answer", "decide", "clarify", "judge")
+    return [row for skill in skills for row in data.rows("validation", skill)[:GOLDEN_PROMPTS_PER_SKILL]]
+
+
+def golden(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[handoff.Golden]:
+    """Greedy replies one prompt at a time: batching may change the last bit of a logit, and with it a token."""
+    stops = stop_token_ids(model, tokenizer)
+    found = []
+    for row in rows:
+        batch = tokenizer(prompt_text(tokenizer, row.messages), add_special_tokens=False, return_tensors="pt").to(model.device)
+        output = model.generate(
+            **batch, max_new_tokens=GOLDEN_TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
+        )
+        ids = output[0, batch["input_ids"].shape[1] :].tolist()
+        reply = tokenizer.decode(ids, skip_special_tokens=True)
+        found.append(handoff.Golden(messages=row.messages, max_tokens=GOLDEN_TOKENS, token_ids=ids, reply=reply))
+    return found
+
+
+def recommend(scores: dict[str, Scores], figures: dict[str, Any]) -> dict[str, str]:
+    """Which variant to use where: the fastest at batch 1 that keeps its quality; `bf16` on a device nobody measured."""
+    measured = "cuda" if figures["hardware"]["gpu_info"] else "cpu"
+    good = [
+        name for name in figures["models"] if name in scores and name != "base" and keeps_quality(scores[name], scores["bf16"])
+    ]
+    fastest = min(good, key=lambda name: figures["models"][name]["batch"]["1"]["tpot"]["p50"])
+    return {"cpu": "bf16", "cuda": "bf16", measured: fastest}
+
+
+def keeps_quality(scores: Scores, reference: Scores) -> bool:
+    """Evidence F1 and decision accuracy at least KEEP of the reference's, under the grammar."""
+    return all(
+        (scores.figures[key].value or 0.0) >= KEEP * (reference.figures[key].value or 0.0)
+        for key in ("grounded/evidence_f1", "grounded/decision_accuracy")
+    )
+
+
+def version_of(folders: dict[str, Path]) -> str:
+    """Named by content: the same weights are the same version."""
+    digest = hashlib.sha256("".join(sha256_tree([folders[name]]) for name in sorted(folders)).encode())
+    return f"m-{digest.hexdigest()[:12]}"
+
+
+def base_info(settings: Settings) -> handoff.BaseModelInfo:
+    if settings.model == "bundled":
+        edition = json.loads((BASE_MODEL / "edition.json").read_text(encoding="utf-8"))["name"]
+        licence = "Apache-2.0; licences of its training text: ml_engineer_track/base_model/MODEL_CARD.md"
+        return handoff.BaseModelInfo(id="bundled", licence=licence, edition=edition)
+    return handoff.BaseModelInfo(id=settings.model, licence="see the base model's own card")
+
+
+def card(manifest: handoff.Manifest) -> str:
+    """MODEL_CARD.md: what a reader must know before using the model."""
+    keys = (
+        "grounded/evidence_f1",
+        "free/evidence_f1",
+        "grounded/correct_refusal",
+        "grounded/decision_accuracy",
+        "judge/grounded_kappa",
+    )
+    head = "| variant | weights, MB | " + " | ".join(keys) + " |\n|---|---|" + "---|" * len(keys)
+    lines = [
+        f"| {v.name} | {v.weight_bytes / 1e6:.1f} | " + " | ".join(str(v.quality.get(k, _NONE)) for k in keys) + " |"
+        for v in manifest.variants.values()
+    ]
+    samples = "\n".join(f"- {g.messages[0]['content'].splitlines()[2]}\n  → {g.reply}" for g in manifest.variants["bf16"].golden)
+    return f"""# Model card: {manifest.version}
+
+A worked example, not a medical product: it quotes health leaflets written for a teaching repository. Education, never a
+diagnosis; nobody should act on its replies.
+
+- base model: {manifest.base_model.id} ({manifest.base_model.licence})
+- data version: {manifest.data.version}; rows by split and skill: {json.dumps(manifest.data.counts)}
+- training: {json.dumps(manifest.training)}; seed {manifest.seed}
+- prompt contract: version {manifest.prompt_version}; context window {manifest.context_window} tokens
+- recommended variant: {json.dumps(manifest.use)}
+- measured on: {manifest.hardware["cpu_info"]}, {manifest.hardware["n_threads"]} threads, GPU: {manifest.hardware["gpu_info"]}
+
+## Quality on the test split (value [95 % interval])
+
+{head}
+{chr(10).join(lines)}
+
+## What it says (greedy, validation prompts, as they came)
+
+{samples}
+
+Made by `python -m ml_engineer_track publish` at commit {manifest.commit}.
+"""
+
+
+_NONE = Estimate(value=None, low=None, high=None, n=0)
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    return sha256_tree(sorted(p for p in folder.iterdir() if p.name.startswith("tokenizer") or p.suffix == ".jinja"))
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

@@ -1,0 +1,196 @@
+"""The handoff: one folder with a manifest, written by the ML track and checked by everyone who reads it.
+
+    artifacts/models/<version>/manifest.json      what this is, what it may do, what every file must hash to
+    artifacts/models/<version>/<variant>/...      weights and tokenizer of each variant
+    artifacts/models/current                      one line: the version consumers use
+
+A version is written to a temporary folder and renamed into place; `current` moves only after verification. A wrong byte, a
+missing file or a manifest from the future is refused with an error that says which.
+
+    python -m shared.handoff verify [VERSION]     check every file of a version (default: the current one)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shared.chat import Message
+from shared.errors import UserError
+from shared.files import sha256_file, write_text
+from shared.metrics import Estimate
+from shared.settings import ROOT
+
+SCHEMA_VERSION = 1
+MODELS = ROOT / "artifacts" / "models"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class File(_Strict):
+    sha256: str
+    size: int
+
+
+class Golden(_Strict):
+    """A prompt and the greedy reply a variant gave when it was published. A server must say the same."""
+
+    messages: list[Message]
+    max_tokens: int
+    token_ids: list[int]
+    reply: str
+
+
+class BaseModelInfo(_Strict):
+    id: str
+    licence: str
+    edition: str | None = None
+
+
+class DataInfo(_Strict):
+    version: str
+    counts: dict[str, dict[str, int]]
+
+
+class Variant(_Strict):
+    """One set of weights. `files` are relative to the version's folder; figures are null where nobody could read them."""
+
+    name: str
+    weight_bytes: int
+    quality: dict[str, Estimate]
+    performance: dict[str, Any]
+    files: dict[str, File]
+    golden: list[Golden]
+
+
+class Manifest(_Strict):
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model_id: str
+    version: str
+    created: str
+    commit: str | None
+    base_model: BaseModelInfo
+    data: DataInfo
+    training: dict[str, Any]
+    seed: int
+    prompt_version: int
+    chat_template_sha256: str
+    tokenizer_sha256: str
+    context_window: int
+    stop_tokens: list[str]
+    stop_token_ids: list[int]
+    use: dict[Literal["cpu", "cuda"], str]
+    hardware: dict[str, Any]
+    variants: dict[str, Variant]
+
+
+def publish(manifest: Manifest, folders: dict[str, Path], models: Path, extra: Callable[[Path], None]) -> Path:
+    """Copy the variants, write the manifest, verify the copy, rename it into place, then move `current`.
+
+    `extra` may add files (the model card) to the folder before it is renamed. Publishing the same version twice keeps the
+    first copy. Nothing visible changes when any step fails.
+    """
+    final = models / manifest.version
+    aside = models / f".{manifest.version}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        for name, folder in folders.items():
+            shutil.copytree(folder, aside / name)
+            manifest.variants[name].files = {
+                f"{name}/{path.relative_to(folder).as_posix()}": File(sha256=sha256_file(path), size=path.stat().st_size)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+        write_text(aside / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+        extra(aside)
+        verify(aside)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    set_current(models, manifest.version)
+    return final
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a version. UserError when it is missing, malformed or of a newer schema."""
+    path = folder / "manifest.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no manifest.json", str(folder), "Run `make ml` to publish a model") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise UserError("manifest is damaged (not JSON)", str(path), "Publish the version again") from None
+    schema = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA_VERSION:
+        raise UserError(f"manifest has schema {schema}, this code reads up to {SCHEMA_VERSION}", str(path), "Update the code")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"manifest field {where}: {first['msg']}", str(path), "Publish the version again") from None
+
+
+def verify(folder: Path) -> Manifest:
+    """Check schema and every checksum of a version. UserError names the first file that is missing or wrong."""
+    manifest = read_manifest(folder)
+    for variant in manifest.variants.values():
+        for name, expected in variant.files.items():
+            path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"file {name} lies outside the artifact", str(folder), "Do not use it")
+            if not path.is_file():
+                raise UserError(f"file {name} is missing", str(folder), "Publish the version again")
+            if path.stat().st_size != expected.size or sha256_file(path) != expected.sha256:
+                raise UserError(f"file {name} is not what was published (checksum)", str(folder), "Publish the version again")
+    return manifest
+
+
+def current(models: Path = MODELS) -> Path:
+    """The folder of the current version. UserError when nothing has been published or the pointer dangles."""
+    try:
+        version = (models / "current").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise UserError("no model has been published", str(models), "Run `make ml`") from None
+    folder = models / version
+    if not version or folder.parent != models or not folder.is_dir():
+        raise UserError(f"current points to {version!r}, which does not exist", str(models / "current"), "Run `make ml`")
+    return folder
+
+
+def set_current(models: Path, version: str) -> None:
+    """Point `current` at a version: one atomic rename."""
+    write_text(models / "current", version + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.handoff", description="Check published models.")
+    parser.add_argument("command", choices=["verify"])
+    parser.add_argument("version", nargs="?", help="default: the current one")
+    parser.add_argument("--models", type=Path, default=MODELS)
+    options = parser.parse_args(argv)
+    try:
+        folder = options.models / options.version if options.version else current(options.models)
+        manifest = verify(folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files = sum(len(v.files) for v in manifest.variants.values())
+    print(f"{manifest.version}: {files} files in {len(manifest.variants)} variants are as published")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
