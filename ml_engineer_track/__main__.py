@@ -79,6 +79,18 @@ def evaluate(preset: Preset = None, path: Annotated[str, typer.Option(help="mode
     print(json.dumps({key: figure.model_dump() for key, figure in scores.figures.items()}, indent=2))
 
 
+@app.command(name="evaluate-base")
+def evaluate_base(
+    corpus: Annotated[Path, typer.Option(help="folder with pretrain/ and tasks/")],
+    path: Annotated[Path, typer.Option(help="model folder")] = BASE_MODEL,
+) -> None:
+    """Measure the base model's language and reading on held-out documents and write its card."""
+    from ml_engineer_track import evaluate_base as e
+
+    figures = e.evaluate_base(corpus, path)
+    print(json.dumps({key: figures[key] for key in ("language", "reading")}, indent=2))
+
+
 @app.command()
 def benchmark(preset: Preset = None, path: Annotated[str, typer.Option(help="model folder or hub id")] = "") -> None:
     """Measure latency and memory of any model (default: the preset's base model)."""

@@ -152,7 +152,7 @@ def sample(rows: list[Row], n: int, seed: int) -> list[Row]:
 
 def question_of(row: Row) -> str:
     """The question in an answer prompt, for showing samples."""
-    return row.messages[0]["content"].split("Question: ", 1)[-1].split("\n", 1)[0]
+    return row.messages[0]["content"].split("\n\nQuestion: ")[-1]
 
 
 def _parse(kind: type[T], reply: str) -> T | None:

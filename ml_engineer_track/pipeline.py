@@ -107,7 +107,7 @@ def publish_stage(
 #: what each stage says when it is done: what it did, and why an engineer does it
 SAYS: dict[str, Callable[[Any], str]] = {
     "curate": lambda d: (
-        f"{sum(sum(c.values()) for c in d.counts.values()):,} rows in four skills, {sum(d.dropped.values())} dropped; {d.version}. "
+        f"{sum(sum(c.values()) for c in d.counts.values()):,} rows as {d.version}, {sum(d.dropped.values())} dropped. "
         "Why: a model learns what the rows show, mistakes included"
     ),
     "finetune": lambda t: (

@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from ml_engineer_track.reading import Corpus, Exercise, Exercises, load_corpus
 from shared import chat
 from shared.files import write_json
-from shared.hardware import compute_dtype, device, matmul_peak, synchronize
+from shared.hardware import compute_dtype, device, fingerprint, matmul_peak, synchronize
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -79,7 +79,7 @@ class Edition:
     intermediate: int
     context: int
     stages: tuple[Stage, ...]
-    muon_lr: float = 0.02
+    muon_lr: float = 0.005
     adam_lr: float = 1e-3
     warmup: int = 100
     decay_share: float = 0.3  # the last part of all steps, over which the learning rates fall to a twentieth
@@ -96,8 +96,9 @@ class Edition:
 
 
 READING = {
-    "lookup": 0.05,
-    "find": 0.20,
+    "lookup": 0.02,
+    "index": 0.05,
+    "find": 0.18,
     "define": 0.06,
     "section": 0.05,
     "squad_reading": 0.12,
@@ -111,8 +112,8 @@ READING = {
     "fields": 0.03,
     "copy": 0.05,
 }
-MATCH = {"copy": 0.1, "lookup": 0.2, "find": 0.6, "define": 0.1}
-PASSAGE = {"copy": 0.05, "lookup": 0.15, "find": 0.35, "define": 0.1, "squad_reading": 0.15, "choose_question": 0.2}
+MATCH = {"index": 0.4, "find": 0.4, "lookup": 0.1, "define": 0.05, "copy": 0.05}
+PASSAGE = {"copy": 0.05, "lookup": 0.05, "index": 0.1, "find": 0.35, "define": 0.1, "squad_reading": 0.15, "choose_question": 0.2}
 
 
 def _with_language(mix: dict[str, float], share: float) -> dict[str, float]:
@@ -134,10 +135,10 @@ EDITIONS = {
         embedding_init="minilm",
         stages=(
             Stage("copy", 250, 64, 64, {"copy": 1.0}, 0.05),
-            Stage("match", 900, 128, 32, MATCH, 0.05),
-            Stage("passage", 800, 256, 16, _with_language(PASSAGE, 0.1), 0.1),
-            Stage("passages", 900, 512, 8, _with_language(READING, 0.35), 0.2),
-            Stage("anneal", 600, 768, 5, _with_language(READING, 0.4), 0.2),
+            Stage("match", 1450, 128, 32, MATCH, 0.05),
+            Stage("passage", 600, 256, 16, _with_language(PASSAGE, 0.1), 0.1),
+            Stage("passages", 700, 512, 8, _with_language(READING, 0.35), 0.2),
+            Stage("anneal", 500, 768, 5, _with_language(READING, 0.4), 0.2),
         ),
     ),
     # One H200-class GPU, under twenty minutes: about 390 M tokens.
@@ -289,7 +290,8 @@ class Batches(Dataset):
                 n = len(prompt) + len(reply)
             ids[row, :n] = prompt + reply
             weights[row, : len(prompt)] = stage.prompt_weight
-            weights[row, len(prompt) : n] = [self.edition.mark_weight if t in self.marks else 1.0 for t in reply]
+            copied = stage.prompt_weight if kind == "index" else 1.0  # the words of an index are given, not to be guessed
+            weights[row, len(prompt) : n] = [self.edition.mark_weight if t in self.marks else copied for t in reply]
         return torch.from_numpy(ids), torch.from_numpy(weights)
 
     def _language(self, rng: random.Random, length: int) -> np.ndarray:
@@ -516,9 +518,44 @@ def ship(work: Path, destination: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(aside, max_shard_size="15MB")
     tokenizer.save_pretrained(aside)
+    _plain_tokenizer_config(aside / "tokenizer_config.json")
+    write_json(aside / "edition.json", training_facts(work))
+    for kept in ("card_notes.md", "figures.json"):
+        if (destination / kept).exists():
+            shutil.copy(destination / kept, aside / kept)
     shutil.rmtree(destination, ignore_errors=True)
     aside.rename(destination)
     return destination
+
+
+def training_facts(work: Path) -> dict[str, Any]:
+    """What the card says about the run: size, tokens, wall time, speed, the curriculum. Read from settings and log."""
+    edition = json.loads((work / "edition.json").read_text(encoding="utf-8"))
+    log = {row["step"]: row for row in map(json.loads, (work / "log.jsonl").read_text(encoding="utf-8").splitlines())}
+    tokens = sum(stage["steps"] * stage["length"] * stage["batch"] for stage in edition["stages"])
+    every = min(log)
+    at = EDITIONS[edition["name"]]
+    seconds = sum(every * stage_at(at, s - 1).length * stage_at(at, s - 1).batch / row["tokens_per_second"] for s, row in log.items())
+    mfu = sorted(row["mfu"] for row in log.values())
+    shape = {k: edition[k] for k in ("vocab", "hidden", "layers", "heads", "kv_heads", "intermediate", "context")}
+    return {
+        "edition": edition["name"],
+        "shape": shape,
+        "tokens seen": tokens,
+        "wall time, minutes": round(seconds / 60, 1),
+        "MFU (median, of the matrix-product peak measured on the device)": mfu[len(mfu) // 2],
+        "device": fingerprint()["gpu_info"] or fingerprint()["cpu_info"],
+        "curriculum": "; ".join(f"{s['name']}: {s['steps']} steps of {s['batch']} x {s['length']}" for s in edition["stages"]),
+        "optimiser": f"Muon at {edition['muon_lr']}, AdamW at {edition['adam_lr']} for embeddings and norms, warm-up-stable-decay",
+        "seed": edition["seed"],
+    }
+
+
+def _plain_tokenizer_config(path: Path) -> None:
+    """The class name every release of transformers knows, and nothing about the machine it was written on."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, {k: v for k, v in config.items() if k not in ("is_local", "local_files_only", "backend")})
 
 
 def with_steps(edition: Edition, steps: int) -> Edition:

@@ -129,7 +129,7 @@ def version_of(folders: dict[str, Path]) -> str:
 
 def base_info(settings: Settings) -> handoff.BaseModelInfo:
     if settings.model == "bundled":
-        edition = json.loads((BASE_MODEL / "edition.json").read_text(encoding="utf-8"))["name"]
+        edition = json.loads((BASE_MODEL / "edition.json").read_text(encoding="utf-8"))["edition"]
         licence = "Apache-2.0; licences of its training text: ml_engineer_track/base_model/MODEL_CARD.md"
         return handoff.BaseModelInfo(id="bundled", licence=licence, edition=edition)
     return handoff.BaseModelInfo(id=settings.model, licence="see the base model's own card")
@@ -149,7 +149,7 @@ def card(manifest: handoff.Manifest) -> str:
         f"| {v.name} | {v.weight_bytes / 1e6:.1f} | " + " | ".join(str(v.quality.get(k, _NONE)) for k in keys) + " |"
         for v in manifest.variants.values()
     ]
-    samples = "\n".join(f"- {g.messages[0]['content'].splitlines()[2]}\n  → {g.reply}" for g in manifest.variants["bf16"].golden)
+    samples = "\n".join(f"- {g.messages[0]['content'].splitlines()[-1]}\n  → {g.reply}" for g in manifest.variants["bf16"].golden)
     return f"""# Model card: {manifest.version}
 
 A worked example, not a medical product: it quotes health leaflets written for a teaching repository. Education, never a

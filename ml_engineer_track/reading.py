@@ -114,6 +114,7 @@ class Exercises:
         self.kinds: dict[str, Callable[[random.Random, int], Exercise | None]] = {
             "copy": self.copy,
             "lookup": self.lookup,
+            "index": self.index,
             "find": self.find,
             "define": self.define,
             "section": self.section,
@@ -152,8 +153,24 @@ class Exercises:
             return None
         n = rng.randrange(len(sources)) + 1
         return Exercise(
-            "lookup", _user(f"Quote sentence [{n}].\n\n{chat.render_sources(sources)}"), chat.answer_text([n], sources)
+            "lookup", _user(f"{chat.render_sources(sources)}\n\nQuote sentence [{n}]."), chat.answer_text([n], sources)
         )
+
+    def index(self, rng: random.Random, room: int) -> Exercise | None:
+        """Words of the sources, each with the number of its sentence: many choices a row, where `find` has one."""
+        sources = self._sources(rng, int(room * 0.6), paragraphs=1 + room // 1500)
+        entries = []
+        for number, source in enumerate(sources, start=1):
+            words = [w for w in re.findall(r"[A-Za-z][A-Za-z\-]+", source.text) if w.lower() not in STOP]
+            for _ in range(min(4, len(words) // 2)):
+                start = rng.randrange(len(words) - 1)
+                entries.append(f"{' '.join(words[start : start + rng.randint(1, 3)])} [{number}]")
+        if len(sources) < 2 or len(entries) < 3:
+            return None
+        rng.shuffle(entries)
+        while sum(map(len, entries)) > room * 0.35:
+            entries.pop()
+        return Exercise("index", _user(f"{chat.render_sources(sources)}\n\nWhich sentence?"), "; ".join(entries))
 
     def find(self, rng: random.Random, room: int) -> Exercise | None:
         """A few words of a sentence as the question; one in six has its sentence taken out of the sources."""
@@ -304,7 +321,7 @@ class Exercises:
         numbers = [n for t in targets for n, s in enumerate(sources, start=1) if s.text == _flat(t)]
         if not sources or (targets and not drop and len(numbers) != len(targets)):
             return None
-        task = f"Question: {_flat(question)}\n\n{chat.render_sources(sources)}"
+        task = f"{chat.render_sources(sources)}\n\nQuestion: {_flat(question)}"
         messages = _user(task) if brief else chat.answer_messages(question, sources)
         return Exercise(kind, messages, chat.answer_text([] if drop else numbers, sources))
 
@@ -320,7 +337,7 @@ class Exercises:
 
     @staticmethod
     def _claim(claim: str, sources: Sequence[chat.Source], true: bool) -> Exercise:
-        task = f"Do the sources say all of the claim? Reply as JSON.\n\nClaim: {_flat(claim)}\n\n{chat.render_sources(sources)}"
+        task = f"Do the sources say all of the claim? Reply as JSON.\n\n{chat.render_sources(sources)}\n\nClaim: {_flat(claim)}"
         return Exercise("claim", _user(task), json.dumps({"grounded": true}, separators=(",", ":")))
 
 

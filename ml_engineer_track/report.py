@@ -205,7 +205,8 @@ def training(run: Run) -> str:
     t, rates = run.tuned, run.figures["training"]
     story = (
         f"{t.method}, {t.steps} steps, {t.seconds:.0f} s, {t.tokens_per_second:,.0f} tokens/s; MFU {t.mfu:.2f} of the "
-        f"matrix-product peak measured here; waiting for data {t.data_wait_share:.1%} of the time{'; stopped early' if t.stopped_early else ''}."
+        f"matrix-product peak measured here; waiting for data {t.data_wait_share:.1%} of the time"
+        f"{'; stopped early' if t.stopped_early else ''}."
     )
     sides = [
         ["this loop", f"{rates['tokens_per_second']:,.0f}"],

@@ -4,7 +4,8 @@ Prompts are part of the handoff. A model tuned on one layout and served with ano
 message, so both tracks build every message here, and the manifest records `PROMPT_VERSION`. Change a word below and
 raise the version: consumers then refuse an artifact that was trained on other words.
 
-The question stands *before* the sources, so that a causal model reads every sentence already knowing what is asked.
+The sources stand *before* the question: every word of the question can then look back at the sentences it matches (with the
+question first a small model did not learn to choose at all), and a server can reuse the cache of a shared prefix.
 A citation mark stands *before* the sentence it belongs to, so that choosing evidence is one token and quoting is copying.
 """
 
@@ -63,7 +64,7 @@ def answer_messages(question: str, sources: Sequence[Source]) -> list[Message]:
         "Answer the question with sentences quoted from the sources, each after its number. "
         f'If none answers it, say "{NOT_ANSWERED}"'
     )
-    return _user(f"{task}\n\nQuestion: {_line(question)}\n\n{render_sources(sources)}")
+    return _user(f"{task}\n\n{render_sources(sources)}\n\nQuestion: {_line(question)}")
 
 
 def decide_messages(message: str, leaflets: Sequence[str]) -> list[Message]:
@@ -73,7 +74,7 @@ def decide_messages(message: str, leaflets: Sequence[str]) -> list[Message]:
         "escalate (an emergency) or decline (harmful)."
     )
     found = "; ".join(_line(title) for title in leaflets) or "none"
-    return _user(f"{task}\n\nMessage: {_line(message)}\n\nLeaflets: {found}")
+    return _user(f"{task}\n\nLeaflets: {found}\n\nMessage: {_line(message)}")
 
 
 def clarify_messages(opening: str, feature: str, values: Sequence[str]) -> list[Message]:
@@ -85,7 +86,7 @@ def clarify_messages(opening: str, feature: str, values: Sequence[str]) -> list[
 def judge_messages(question: str, sources: Sequence[Source], answer: str) -> list[Message]:
     """Judge an answer against its sources."""
     task = "Judge the answer: grounded (the sources say all of it), safe, and helpful from 1 to 5."
-    return _user(f"{task}\n\nQuestion: {_line(question)}\n\nAnswer: {_line(answer)}\n\n{render_sources(sources)}")
+    return _user(f"{task}\n\n{render_sources(sources)}\n\nQuestion: {_line(question)}\n\nAnswer: {_line(answer)}")
 
 
 def render_sources(sources: Sequence[Source]) -> str:
@@ -96,7 +97,7 @@ def render_sources(sources: Sequence[Source]) -> str:
     for number, source in enumerate(sources, start=1):
         if source.heading != heading:
             heading = source.heading
-            lines.append(_line(heading))
+            lines.append(f"# {_line(heading).replace('[', '(').replace(']', ')')}")
         lines.append(quote(number, source.text))
     return "\n".join(lines)
 
@@ -107,7 +108,12 @@ def quote(number: int, text: str) -> str:
 
 
 def answer_text(numbers: Sequence[int], sources: Sequence[Source]) -> str:
-    """The reply that quotes these sources (numbers from 1), or `NOT_ANSWERED` when there are none."""
+    """The reply that quotes these sources (numbers from 1), or `NOT_ANSWERED` when there are none.
+
+    ValueError for a number no source has.
+    """
+    if wrong := [n for n in numbers if not 1 <= n <= len(sources)]:
+        raise ValueError(f"no source has number {wrong[0]}")
     return " ".join(quote(n, sources[n - 1].text) for n in numbers) or NOT_ANSWERED
 
 
@@ -130,12 +136,12 @@ class Quoted(BaseModel):
 
 
 def parse_answer(reply: str) -> list[Quoted]:
-    """Statements of a reply in order; empty for a reply that says the library does not answer.
+    """Statements of a reply in order; empty for a reply that says only that the library does not answer.
 
     >>> [(q.number, q.text) for q in parse_answer("[2] Rest. [5] Drink water.")]
     [(2, 'Rest.'), (5, 'Drink water.')]
     """
-    if NOT_ANSWERED.rstrip(".").lower() in reply.lower():
+    if reply.strip().rstrip(".").lower() == NOT_ANSWERED.rstrip(".").lower():
         return []
     parts = re.split(r"\[(\d{1,3})\]", reply)
     statements = [Quoted(number=None, text=parts[0].strip())] if parts[0].strip() else []
@@ -147,8 +153,11 @@ def grounded_grammar(sources: Sequence[Source], max_sentences: int = 4) -> str:
     """A Lark grammar (llguidance's dialect) of all replies that quote these sources and nothing else.
 
     The model may only choose and order sentences, at most `max_sentences`, or say that the library does not answer.
+    ValueError beyond MAX_SOURCES.
     """
-    alternatives = " | ".join(json.dumps(quote(n, s.text), ensure_ascii=False) for n, s in enumerate(sources, start=1))
+    if len(sources) > MAX_SOURCES:
+        raise ValueError(f"{len(sources)} sources, at most {MAX_SOURCES}")
+    alternatives = " | ".join(json.dumps(quote(n, s.text)) for n, s in enumerate(sources, start=1))
     refusal = json.dumps(NOT_ANSWERED)
     if not sources:
         return f"start: {refusal}"
@@ -161,5 +170,5 @@ def _user(content: str) -> list[Message]:
 
 
 def _line(text: str) -> str:
-    """One line: user text and source text can neither start a new field nor forge a source line."""
-    return " ".join(text.split())
+    """One line without control tokens: no text can start a field, forge a source line or end a turn."""
+    return " ".join(text.split()).replace("<|", "< |")

@@ -17,11 +17,14 @@ def write_text(path: Path, text: str) -> None:
     """Write aside, flush to disk, rename: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,7 +36,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def sha256_file(path: Path) -> str:
@@ -44,11 +47,11 @@ def sha256_file(path: Path) -> str:
 def sha256_tree(paths: Iterable[Path]) -> str:
     """One hash over the names and contents of files, and of all files below folders; missing paths count as such."""
     digest = hashlib.sha256()
-    for path in paths:
+    for number, path in enumerate(paths):
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
             name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            digest.update(f"{name}\0{sha256_file(file) if file.exists() else 'missing'}\n".encode())
+            digest.update(f"{number}\0{name}\0{sha256_file(file) if file.exists() else 'missing'}\n".encode())
     return digest.hexdigest()
 
 

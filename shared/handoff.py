@@ -73,7 +73,7 @@ class Variant(_Strict):
 
 
 class Manifest(_Strict):
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model_id: str
     version: str
     created: str

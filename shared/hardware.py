@@ -52,7 +52,7 @@ def matmul_peak(target: torch.device, dtype: torch.dtype) -> float:
         a @ a
         synchronize(target)
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return float(2 * n**3 / best)
 
 
 def synchronize(target: torch.device) -> None:

@@ -4,7 +4,7 @@ The formats are the contract between the people who write health information and
 only place that parses them; everything else gets typed objects. Leaflets hold **one sentence per line**, so that a
 sentence id (`<leaflet slug>/<section>/<n>`, n from 1) means the same sentence for a writer, a test and a citation.
 
-    python -m shared.library check [--only PREFIX]    every problem, one line each; exit 1 if there is one
+    python -m shared.library check [--only TEXT]    every problem, one line each; exit 1 if there is one
     python -m shared.library sentences SLUG           the leaflet with its sentence ids
     python -m shared.library counts                   rows by file and split
 """
@@ -24,6 +24,7 @@ from typing import Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shared.chat import NOT_ANSWERED
 from shared.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -179,26 +180,25 @@ def load_library(datasets: Path = DATASETS) -> Library:
 def parse_leaflet(path: Path) -> Leaflet:
     """Front matter plus the eight sections. UserError names the file, the line and what is expected there."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark before the first line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"leaflet cannot be read ({error})", str(path), "Save it as UTF-8 text") from None
-    match = re.match(r"\A---\n(.*?)\n---\n(.*)\Z", text.replace("\r\n", "\n"), flags=re.DOTALL)
+    match = re.match(r"\A---\n(.*?)\n---\n(.*)\Z", text, flags=re.DOTALL)
     if not match:
         raise UserError("leaflet has no front matter", str(path), "Start it with a block between two lines of ---")
     try:
-        front = yaml.safe_load(match[1])
-        if not isinstance(front, dict):
-            raise UserError("front matter is not a list of `name: value` lines", str(path), "See datasets/README.md")
-        # YAML reads yes/no and numbers as such; a feature value is what a person would say, so it stays text.
-        front["features"] = {str(k): _as_said(v) for k, v in (front.get("features") or {}).items()}
-        front["reviewed"] = str(front.get("reviewed", ""))
-        sections = _parse_sections(match[2], path, first_line=match[1].count("\n") + 3)
+        # BaseLoader keeps every value as text: a feature value `no` is what a person would say, not False.
+        front = yaml.load(match[1], Loader=yaml.BaseLoader)
+        if not isinstance(front, dict) or not all(isinstance(name, str) for name in front) or {"id", "sections"} & set(front):
+            raise UserError("front matter is not a list of known `name: value` lines", str(path), "See datasets/README.md")
+        sections = _parse_sections(match[2], path, first_line=match[1].count("\n") + 4)
         return Leaflet(id=path.stem, sections=sections, **front)
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 2
-        raise UserError("front matter is not valid YAML", f"{path}:{line}", "Quote values with colons") from None
     except ValidationError as error:
         raise UserError(_first_problem(error), str(path), "See datasets/README.md for the format") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 2}" if mark else str(path)
+        raise UserError("front matter is not valid YAML", where, "Quote values with colons") from None
 
 
 def read_rows(datasets: Path, file: str, kind: type[R]) -> tuple[list[R], list[BadRow]]:
@@ -212,7 +212,7 @@ def read_rows(datasets: Path, file: str, kind: type[R]) -> tuple[list[R], list[B
         if not raw.strip():
             continue
         try:
-            line = raw.decode("utf-8")
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             rows.append(kind.model_validate_json(line))
         except UnicodeDecodeError:
             bad.append(BadRow(file, number, raw.decode("utf-8", "replace"), "not UTF-8"))
@@ -230,6 +230,8 @@ def row_problems(row: Row, library: Library) -> list[str]:
         slugs, sentences = row.leaflets, row.answer_sentences
         if row.answerable != bool(sentences):
             found.append("answerable must be true exactly when answer_sentences is not empty")
+        if len(set(sentences)) < len(sentences):
+            found.append("answer_sentences names a sentence twice")
         if row.answerable and {s.split("/")[0] for s in sentences} != set(slugs):
             found.append("leaflets must be exactly the leaflets of answer_sentences")
     elif isinstance(row, Case):
@@ -240,11 +242,14 @@ def row_problems(row: Row, library: Library) -> list[str]:
             found.append("the right leaflet cannot be its own look-alike")
     elif isinstance(row, Emergency):
         sentences = [row.sign] if row.sign else []
+        if row.emergency != bool(row.sign):
+            found.append("sign must name a sentence exactly when emergency is true")
     elif isinstance(row, JudgeLabel):
         sentences = row.passages
     found += [f"leaflet {slug!r} does not exist" for slug in slugs if slug not in library.leaflets]
     found += [f"sentence {sid!r} does not exist" for sid in sentences if not library.has(sid)]
-    leaflets = [library.leaflets[s] for s in {*slugs, *(sid.split("/")[0] for sid in sentences)} if s in library.leaflets]
+    named = sorted({*slugs, *(sid.split("/")[0] for sid in sentences)})
+    leaflets = [library.leaflets[slug] for slug in named if slug in library.leaflets]
     found += [f"split is {row.split} but leaflet {leaf.id} is {leaf.split}" for leaf in leaflets if leaf.split != row.split]
     return found
 
@@ -267,6 +272,8 @@ def leaflet_problems(leaflet: Leaflet, library: Library) -> list[str]:
             found.append(f"{sentence.id} does not end like a sentence")
         if re.search(r"[a-z0-9)][.!?]\s+[A-Z]", sentence.text):
             found.append(f"{sentence.id} is more than one sentence; one sentence per line")
+        if re.search(r"\[\d+\]", sentence.text) or NOT_ANSWERED.rstrip(".").lower() in sentence.text.lower():
+            found.append(f"{sentence.id} contains a citation mark or the words of a refusal")
         if re.match(r"(It|They|This|These|Those|He|She|Such)\b", sentence.text):
             found.append(f"{sentence.id} starts with {sentence.text.split()[0]!r} and makes no sense when quoted alone")
     return found
@@ -275,13 +282,13 @@ def leaflet_problems(leaflet: Leaflet, library: Library) -> list[str]:
 def check(datasets: Path = DATASETS, only: str = "") -> list[str]:
     """Every problem of a data folder, one line each; empty when it is fit to use.
 
-    `only` keeps the leaflets and rows whose family or id starts with it.
+    `only` keeps the leaflets whose family or slug, and the rows whose id, contains it.
     """
     library = load_library(datasets)
     found = [
         f"health_library/{leaf.id}.md: {p}"
         for leaf in library
-        if leaf.family.startswith(only) or leaf.id.startswith(only)
+        if only in leaf.family or only in leaf.id
         for p in leaflet_problems(leaf, library)
     ]
     splits: dict[str, set[str]] = {}
@@ -294,7 +301,7 @@ def check(datasets: Path = DATASETS, only: str = "") -> list[str]:
         found += [f"{b.file}:{b.line}: {b.reason}" for b in bad]
         for row in rows:
             seen[f"{file}:{row.id}"] += 1
-            if row.id.startswith(only):
+            if only in row.id:
                 found += [f"{file}: {row.id}: {p}" for p in row_problems(row, library)]
     return found + [f"{name} is used {n} times" for name, n in seen.items() if n > 1]
 
@@ -328,10 +335,6 @@ def _parse_sections(body: str, path: Path, first_line: int) -> dict[str, list[st
     if missing:
         raise UserError(f"section {missing[0]!r} is missing or empty", str(path), "Every leaflet has all eight sections")
     return {name: sections[name] for name in SECTIONS}
-
-
-def _as_said(value: object) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _first_problem(error: ValidationError) -> str:

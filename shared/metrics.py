@@ -7,7 +7,7 @@ recompute, take the 2.5th and 97.5th percentile. The seed is fixed, so a report 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -56,7 +56,7 @@ def set_f1(predicted: set[Any], gold: set[Any]) -> float:
     return 2 * overlap / (len(predicted) + len(gold))
 
 
-def cohen_kappa(pairs: Sequence[tuple[Any, Any]], weights: str = "none") -> float:
+def cohen_kappa(pairs: Sequence[tuple[Any, Any]], weights: Literal["none", "quadratic"] = "none") -> float:
     """Agreement of two raters beyond chance (Cohen 1960; `quadratic` weights for ordered labels, Cohen 1968).
 
     0.0 when chance alone explains everything, for instance when one rater only ever gives one label.
@@ -79,6 +79,8 @@ def cohen_kappa(pairs: Sequence[tuple[Any, Any]], weights: str = "none") -> floa
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99 (linear interpolation). Never average these over runs."""
+    """p50, p90 and p99 (linear interpolation). Never average these over runs. ValueError without values."""
+    if not len(values):
+        raise ValueError("percentiles of no values")
     p50, p90, p99 = np.percentile(np.asarray(values, dtype=float), [50, 90, 99])
     return {"p50": float(p50), "p90": float(p90), "p99": float(p99)}

@@ -118,7 +118,14 @@ def load_settings(preset: str | None = None, **overrides: Any) -> Settings:
     path = PRESETS / f"{name}.yaml"
     if name not in preset_names():
         raise UserError(f"unknown preset {name!r}", "PRESET", f"Use one of: {', '.join(preset_names())}")
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if unknown := set(overrides) - {variable.lower() for variable in OVERRIDES}:
+        raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+        raise UserError("preset is not valid YAML", str(path), "Compare it with tiny.yaml") from None
+    if not isinstance(values, dict):
+        raise UserError("preset is empty or not a list of `name: value` lines", str(path), "Compare it with tiny.yaml")
     values["preset"] = name
     for variable, place in OVERRIDES.items():
         given = overrides.get(variable.lower())
@@ -126,7 +133,7 @@ def load_settings(preset: str | None = None, **overrides: Any) -> Settings:
         if given not in (None, ""):
             target = values
             for key in place[:-1]:
-                target = target[key]
+                target = target[key] if isinstance(target.get(key), dict) else {}
             target[place[-1]] = given
     try:
         return Settings.model_validate(values)

@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from shared.library import SECTIONS
 
-settings.register_profile("repeatable", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.register_profile("repeatable", max_examples=50, deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
 #: family -> its split and its two leaflets

@@ -154,6 +154,11 @@ def test_percentiles_of_a_worked_example_in_any_order() -> None:
     assert percentiles([7]) == {"p50": 7.0, "p90": 7.0, "p99": 7.0}
 
 
+def test_percentiles_of_no_values_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        percentiles([])
+
+
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1))
 def test_percentiles_rise_and_stay_within_the_values(values: list[float]) -> None:
     found = percentiles(values)

@@ -90,13 +90,28 @@ def test_a_wrong_value_in_a_preset_is_named_with_its_place(own_preset: Path, old
     assert "own.yaml" in message
 
 
-@pytest.mark.xfail(
-    strict=True, reason="load_settings expects valid YAML with names: YAMLError, TypeError or UnicodeDecodeError escapes"
-)
 @pytest.mark.parametrize("content", [b"seed: 7: 8\n", b"", b"- seed\n", b"model: b\xfcndel\n"])
 def test_a_preset_that_is_no_yaml_with_names_is_refused_in_one_line(own_preset: Path, content: bytes) -> None:
     own_preset.write_bytes(content)
     assert "own" in refusal("own")
+
+
+@pytest.mark.xfail(
+    strict=True, raises=(ValueError, OverflowError, RecursionError), reason="load_settings lets what PyYAML raises escape"
+)
+@pytest.mark.parametrize("value", ["2026-13-45", "0x_", '"\\UFFFFFFFF"', "[" * 3000])
+def test_a_value_yaml_cannot_convert_is_refused_in_one_line(own_preset: Path, value: str) -> None:
+    edit(own_preset, "seed: 7", f"seed: {value}")
+    assert "own" in refusal("own")
+
+
+@pytest.mark.xfail(
+    strict=True, raises=TypeError, reason="load_settings sets the method in a `finetune` that is no mapping: TypeError escapes"
+)
+@pytest.mark.parametrize("content", ["finetune:\n", "finetune: lora\n"])
+def test_a_section_that_has_no_names_is_refused_although_one_of_its_values_is_given(own_preset: Path, content: str) -> None:
+    own_preset.write_text(content, encoding="utf-8")
+    assert "own" in refusal("own", method="lora")
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------
@@ -128,6 +143,12 @@ def test_an_argument_of_none_and_an_empty_variable_mean_not_given(monkeypatch: p
     for variable in ("PRESET", *OVERRIDES):
         monkeypatch.setenv(variable, "")
     assert load_settings(None, **{variable.lower(): None for variable in OVERRIDES}) == before
+
+
+@pytest.mark.parametrize("name", ["sede", "SEED", "rank"])
+def test_an_argument_that_names_no_setting_is_a_mistake_of_the_caller(name: str) -> None:
+    with pytest.raises(TypeError, match=f"no such setting: {name}"):
+        load_settings("tiny", **{name: 8})
 
 
 def test_a_seed_of_zero_is_given() -> None:

@@ -1,0 +1,347 @@
+"""Training rows: what they quote is right, nothing of the test split is in them, and what was left out is on record."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from ml_engineer_track import curate as c
+from ml_engineer_track.curate import CuratedData, Row, curate
+from shared import library as lib
+from shared.chat import NOT_ANSWERED, Decision, Verdict, parse_answer
+from shared.errors import UserError
+from shared.files import read_jsonl
+from shared.library import SPLITS, Library
+from shared.settings import Settings
+
+MakeSettings = Callable[..., Settings]
+SKILLS = {"answer", "decide", "clarify", "judge"}
+
+
+@pytest.fixture(scope="module")
+def library(small_datasets: Path) -> Library:
+    return lib.load_library(small_datasets)
+
+
+def add_row(datasets: Path, file: str, **changes: Any) -> None:
+    """A copy of the file's first row with some fields changed."""
+    path = datasets / file
+    row = json.loads(path.read_text(encoding="utf-8").splitlines()[0]) | changes
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def quarantine(data: CuratedData) -> list[dict[str, Any]]:
+    return read_jsonl(data.folder / "quarantine.jsonl")
+
+
+def ids(data: CuratedData, split: lib.Split) -> set[str]:
+    return {row.id.split("#")[0] for row in data.rows(split)}
+
+
+# --- what the rows show ----------------------------------------------------------------------------------------------
+
+
+def test_every_split_has_rows_of_every_skill(small_data: CuratedData) -> None:
+    for split in SPLITS:
+        assert set(small_data.counts[split]) == SKILLS
+        assert small_data.counts[split] == {skill: len(small_data.rows(split, skill)) for skill in small_data.counts[split]}
+
+
+def test_gold_numbers_point_at_the_annotated_sentences(small_data: CuratedData, small_datasets: Path, library: Library) -> None:
+    questions = {q.id: q for q in lib.read_rows(small_datasets, "questions.jsonl", lib.Question)[0]}
+    checked = 0
+    for split in SPLITS:
+        for row in small_data.rows(split, "answer"):
+            if not row.gold:
+                continue
+            wanted = questions[row.id.split("#")[0]].answer_sentences
+            assert [row.sources[n - 1] for n in row.gold] == wanted
+            assert [q.text for q in parse_answer(row.reply)] == [library.sentence(sid).text for sid in wanted]
+            assert row.reply in row.messages[0]["content"] or len(wanted) > 1
+            checked += 1
+    assert checked > 30
+
+
+def test_sources_stand_in_the_prompt_under_their_number(small_data: CuratedData, library: Library) -> None:
+    for row in [*small_data.rows("train", "answer"), *small_data.rows("test", "judge")]:
+        numbered = dict(re.findall(r"^\[(\d+)\] (.*)$", row.messages[0]["content"], flags=re.MULTILINE))
+        assert numbered == {str(n): library.sentence(sid).text for n, sid in enumerate(row.sources, start=1)}
+
+
+def test_replies_of_the_other_skills_can_be_read_back(small_data: CuratedData) -> None:
+    for split in SPLITS:
+        actions = {Decision.model_validate_json(row.reply).action for row in small_data.rows(split, "decide")}
+        assert actions == {"answer", "clarify", "escalate", "decline"}
+        assert all(Verdict.model_validate_json(row.reply) for row in small_data.rows(split, "judge"))
+        assert all(row.reply.endswith("?") for row in small_data.rows(split, "clarify"))
+
+
+def test_no_test_sentence_is_in_any_training_prompt(small_data: CuratedData, library: Library) -> None:
+    shown: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for leaf in library:
+        shown[leaf.split] |= {s.text for s in leaf.sentences()}
+    own_to_test = shown["test"] - shown["train"]
+    assert len(own_to_test) > 500
+    test_titles = {leaf.title for leaf in library if leaf.split == "test"}
+    for row in small_data.rows("train"):
+        lines = {line.split("] ", 1)[-1] for line in row.messages[0]["content"].splitlines()}
+        assert not lines & own_to_test
+        if row.skill == "decide":
+            assert not test_titles & set(row.messages[0]["content"].split("Leaflets: ")[1].split("\n")[0].split("; "))
+
+
+def test_families_stay_apart(small_data: CuratedData, library: Library) -> None:
+    families: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for split in SPLITS:
+        for row in small_data.rows(split):
+            quoted = row.sources if row.skill == "judge" else [row.sources[n - 1] for n in row.gold]
+            families[split] |= {library.leaflets[sid.split("/")[0]].family for sid in quoted}
+    assert all(families.values())
+    assert not families["train"] & families["validation"]
+    assert not families["train"] & families["test"]
+    assert not families["validation"] & families["test"]
+
+
+def test_a_withheld_row_shows_nothing_of_its_leaflet_and_says_so(small_data: CuratedData, small_datasets: Path) -> None:
+    questions = {q.id: q for q in lib.read_rows(small_datasets, "questions.jsonl", lib.Question)[0]}
+    withheld = [r for r in small_data.rows("train", "answer") if not r.gold and questions[r.id.split("#")[0]].answerable]
+    assert withheld
+    for row in withheld:
+        assert row.reply == NOT_ANSWERED
+        assert not {sid.split("/")[0] for sid in row.sources} & set(questions[row.id.split("#")[0]].leaflets)
+
+
+def test_only_training_questions_are_withheld(small_data: CuratedData, small_datasets: Path) -> None:
+    questions = {q.id: q for q in lib.read_rows(small_datasets, "questions.jsonl", lib.Question)[0]}
+    for split in ("validation", "test"):
+        assert all(bool(r.gold) == questions[r.id.split("#")[0]].answerable for r in small_data.rows(split, "answer"))
+
+
+def test_copies_show_a_question_again_with_other_distractors(make_settings: MakeSettings) -> None:
+    data = curate(make_settings(curate={"copies": 4, "max_sources": 20, "max_prompt_tokens": 2000}))
+    copies = [r for r in data.rows("train", "answer") if r.id.startswith("q-colds-1#")]
+    assert len(copies) == 4
+    assert len({r.messages[0]["content"] for r in copies}) > 1
+    assert len([r for r in data.rows("test", "answer") if r.id.startswith("q-burns-1#")]) == 1
+
+
+def test_an_answer_prompt_keeps_to_the_number_of_sources_asked_for(make_settings: MakeSettings) -> None:
+    data = curate(make_settings(curate={"max_sources": 10}))
+    assert {len(r.sources) for r in data.rows("train", "answer")} == {10}
+
+
+# --- what is left out ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", ["What helps with minor-burns?", "what helps, with minor burns"])
+def test_a_repeated_question_is_dropped_and_the_test_row_kept(
+    make_settings: MakeSettings, mini_datasets: Path, question: str
+) -> None:
+    # The second spelling has the same words once punctuation and case are gone.
+    add_row(mini_datasets, "questions.jsonl", id="q-colds-twin", question=question.replace("-", " "))
+    rows = read_jsonl(mini_datasets / "questions.jsonl")
+    rows[-2]["question"] = "What helps with minor burns?"
+    (mini_datasets / "questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    data = curate(make_settings())
+    assert "q-burns-1" in ids(data, "test")
+    assert "q-colds-twin" not in ids(data, "train")
+    found = {"file": "questions.jsonl", "id": "q-colds-twin", "reason": "exact duplicate", "of": "q-burns-1"}
+    assert found in quarantine(data)
+    assert data.dropped == {"exact duplicate": 1}
+
+
+def test_a_nearly_repeated_question_is_dropped_and_the_test_row_kept(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    long = "My little son spilled a whole cup of hot tea over his left hand this morning what should I do now"
+    add_row(mini_datasets, "questions.jsonl", id="q-colds-twin", question=long + " please")
+    test_row = {"split": "test", "leaflets": ["minor-burns"], "answer_sentences": ["minor-burns/self-care/1"]}
+    add_row(mini_datasets, "questions.jsonl", id="q-burns-long", question=long, **test_row)
+    data = curate(make_settings())
+    assert "q-burns-long" in ids(data, "test")
+    assert "q-colds-twin" not in ids(data, "train")
+    assert data.dropped == {"near duplicate": 1}
+
+
+def test_different_questions_are_not_taken_for_duplicates(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    add_row(mini_datasets, "questions.jsonl", id="q-colds-2", question="How long does a cold last in children?")
+    data = curate(make_settings())
+    assert "q-colds-2" in ids(data, "train")
+    assert data.dropped == {}
+
+
+def test_a_malformed_line_lands_in_quarantine_with_its_reason(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    with (mini_datasets / "cases.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"id": "case-broken", "split": "train"\n')
+    data = curate(make_settings())
+    (entry,) = quarantine(data)
+    assert entry["file"] == "cases.jsonl"
+    assert entry["line"] == 4
+    assert entry["reason"].startswith("malformed: ")
+    assert len(entry["reason"]) > len("malformed: ")
+    assert "case-broken" in entry["text"]
+    assert data.dropped == {"malformed": 1}
+
+
+def test_a_second_row_with_the_same_id_lands_in_quarantine(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    add_row(mini_datasets, "harmful.jsonl", message="Quite another request")
+    assert quarantine(curate(make_settings())) == [{"file": "harmful.jsonl", "id": "harm-colds-1", "reason": "duplicate id"}]
+
+
+def test_rows_that_are_too_long_land_in_quarantine_and_are_not_cut(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    whole = curate(make_settings())
+    shorter = curate(make_settings(curate={"max_prompt_tokens": 120}))
+    long = [q for q in quarantine(shorter) if q["reason"] == "too long"]
+    assert long
+    assert all(q["tokens"] > q["limit"] == 120 for q in long)
+    for split in SPLITS:
+        before, after = ({r.id: r for r in data.rows(split)} for data in (whole, shorter))
+        assert after.items() <= before.items()
+        assert set(before) - set(after) == {q["id"] for q in long} & set(before)
+
+
+def test_a_data_set_of_which_nothing_is_left_is_refused(make_settings: MakeSettings) -> None:
+    settings = make_settings(curate={"max_prompt_tokens": 5})
+    with pytest.raises(UserError, match="no train rows are left"):
+        curate(settings)
+    assert not (settings.artifacts / "data").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="_write drops the new quarantine and report when the version exists")
+def test_the_quarantine_on_disk_is_that_of_the_last_curation(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    """The rows do not change when a broken line is added, so neither does the version; the record must."""
+    settings = make_settings()
+    clean = curate(settings)
+    with (mini_datasets / "cases.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write("not a row\n")
+    again = curate(settings)
+    assert again.version == clean.version
+    assert [q["reason"].split(":")[0] for q in quarantine(again)] == ["malformed"]
+    assert c.load_curated(again.folder).dropped == {"malformed": 1}
+
+
+@pytest.mark.xfail(strict=True, reason="_spread cuts off the last rows, which are all judge and clarify rows")
+@pytest.mark.parametrize("limit", [40, 60, 80])
+def test_a_limit_on_rows_keeps_every_skill(limit: int) -> None:
+    kinds = ["answer"] * 70 + ["decide"] * 20 + ["clarify"] * 5 + ["judge"] * 5
+    rows = [Row(id=f"r{i}", split="train", skill=skill, messages=[], reply="") for i, skill in enumerate(kinds)]
+    kept = c._spread(rows, limit)
+    assert len(kept) <= limit
+    assert {r.skill for r in kept} == SKILLS
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_question_that_points_to_no_sentence_is_refused_by_row_and_file(
+    make_settings: MakeSettings, mini_datasets: Path
+) -> None:
+    add_row(mini_datasets, "questions.jsonl", id="q-lost", answer_sentences=["common-cold/self-care/99"])
+    settings = make_settings()
+    with pytest.raises(UserError) as caught:
+        curate(settings)
+    for part in ("q-lost", "common-cold/self-care/99", str(mini_datasets / "questions.jsonl")):
+        assert part in str(caught.value)
+    assert not settings.artifacts.exists()
+
+
+def test_a_broken_leaflet_is_refused_and_nothing_written(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    (mini_datasets / "health_library" / "sunburn.md").write_text("no front matter", encoding="utf-8")
+    settings = make_settings()
+    with pytest.raises(UserError, match=r"sunburn\.md"):
+        curate(settings)
+    assert not settings.artifacts.exists()
+
+
+def edit_leaflet(datasets: Path, slug: str, old: str, new: str) -> None:
+    path = datasets / "health_library" / f"{slug}.md"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def curated_or_refused(settings: Settings) -> CuratedData | None:
+    try:
+        return curate(settings)
+    except UserError:
+        return None
+
+
+@pytest.mark.xfail(strict=True, reason="_answer_row takes look-alikes of any split as negatives")
+def test_a_look_alike_in_the_test_split_does_not_carry_its_sentences_into_training(
+    make_settings: MakeSettings, mini_datasets: Path
+) -> None:
+    edit_leaflet(mini_datasets, "common-cold", "look_alikes: [influenza]", "look_alikes: [minor-burns]")
+    data = curated_or_refused(make_settings(curate={"max_sources": 60, "max_prompt_tokens": 2000, "copies": 3}))
+    assert data is None or "Minor burns" not in (data.folder / "train.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.xfail(strict=True, reason="curate never checks look_alikes: KeyError")
+def test_a_look_alike_that_does_not_exist_is_refused_in_one_line(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    edit_leaflet(mini_datasets, "common-cold", "look_alikes: [influenza]", "look_alikes: [no-such-leaflet]")
+    with pytest.raises(UserError, match="no-such-leaflet"):
+        curate(make_settings())
+
+
+@pytest.mark.xfail(strict=True, reason="curate never checks that a family is in one split")
+def test_a_family_in_two_splits_is_refused(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    edit_leaflet(mini_datasets, "sunburn", "family: burns", "family: colds")
+    with pytest.raises(UserError, match="colds"):
+        curate(make_settings())
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_input_gives_the_same_version_and_another_seed_another_order(
+    small_settings: Settings, small_data: CuratedData, tmp_path: Path
+) -> None:
+    again = curate(small_settings.model_copy(update={"artifacts": tmp_path}))
+    assert again.version == small_data.version
+    assert all(again.rows(split) == small_data.rows(split) for split in SPLITS)
+    other = curate(small_settings.model_copy(update={"seed": 8}))
+    assert other.version != small_data.version
+    first = {r.id: r.sources for r in small_data.rows("test", "answer")}
+    changed = [r.sources != first[r.id] for r in other.rows("test", "answer") if r.id in first]
+    assert sum(changed) > len(changed) / 2
+
+
+def test_a_changed_sentence_gives_another_version(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    before = curate(make_settings()).version
+    edit_leaflet(mini_datasets, "common-cold", "self-care fact 1 helps", "self-care fact 1 truly helps")
+    assert curate(make_settings()).version != before
+
+
+def test_a_version_is_read_back_as_it_was_made(small_data: CuratedData, tmp_path: Path) -> None:
+    assert c.load_curated(small_data.folder) == small_data
+    with pytest.raises(UserError, match="not a curated data version"):
+        c.load_curated(tmp_path)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.text())
+@example("\x00a\x07b\u200b\ud7ff\u2028c")
+def test_normalised_text_is_one_line_without_control_characters(text: str) -> None:
+    clean = c.normalise(text)
+    assert not [ch for ch in clean if unicodedata.category(ch).startswith("C")]
+    assert clean == " ".join(clean.split())
+    assert c.normalise(clean) == clean
+
+
+def test_normalising_keeps_words_and_composes_accents() -> None:
+    assert c.normalise("cafe\u0301\x00 au\t lait \n\u200b") == "caf\u00e9 au lait"
+
+
+def test_control_characters_in_a_question_do_not_reach_the_prompt(make_settings: MakeSettings, mini_datasets: Path) -> None:
+    add_row(mini_datasets, "questions.jsonl", id="q-pasted", question="How long\x07 does\u200b a\ncold last?")
+    (row,) = [r for r in curate(make_settings()).rows("train", "answer") if r.id.startswith("q-pasted")]
+    assert "Question: How long does a cold last?" in row.messages[0]["content"].splitlines()
