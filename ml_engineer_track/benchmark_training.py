@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 from ml_engineer_track.curate import CuratedData
 from ml_engineer_track.finetune import Example, add_adapter, backward, bucket, collate, encode, load_base
 from ml_engineer_track.models import load_tokenizer
+from ml_engineer_track.progress import watched
 from shared.hardware import compute_dtype, device, synchronize
 from shared.settings import Settings
 
@@ -38,7 +39,7 @@ def training_throughput(settings: Settings, data: CuratedData) -> dict[str, Any]
     groups = bucket(examples, settings.finetune.batch_tokens)
     tokens = sum(len(e.ids) for e in examples)
     seconds: dict[str, list[float]] = {"ours": [], "trainer": []}
-    for turn in range(ROUNDS + 1):  # the first turn warms both up
+    for turn in watched(range(ROUNDS + 1), "benchmark training"):  # the first turn warms both up
         ours = _ours(settings, examples, groups, tokenizer)
         trainer = _trainer(settings, examples, len(groups), tokenizer)
         if turn:
@@ -100,4 +101,5 @@ def _trainer(settings: Settings, examples: list[Example], steps: int, tokenizer:
         trainer = Trainer(
             model=_model(settings), args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)
         )
+        trainer.remove_callback(PrinterCallback)
         return float(trainer.train().metrics["train_runtime"])

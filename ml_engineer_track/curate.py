@@ -28,6 +28,7 @@ from datasketch import MinHash, MinHashLSH
 from pydantic import BaseModel
 from transformers import AutoTokenizer
 
+from ml_engineer_track.progress import watched
 from ml_engineer_track.reading import change_fact
 from shared import chat
 from shared import library as lib
@@ -134,7 +135,7 @@ def _build(raw: dict[str, list[Any]], pool: _Pool, settings: Settings) -> Iterab
     split, copies = pool.split, settings.curate.copies if pool.split == "train" else 1
     mine = {file: [row for row in rows if row.split == split] for file, rows in raw.items()}
     for copy in range(copies):
-        for question in mine["questions.jsonl"]:
+        for question in watched(mine["questions.jsonl"], f"curate {split}"):
             rng = random.Random(f"{settings.seed}/{question.id}/{copy}")
             yield _answer_row(question, copy, pool, rng, settings.curate.max_sources)
             if rng.random() < 0.15:  # questions are many; decisions need every action

@@ -135,10 +135,10 @@ EDITIONS = {
         embedding_init="minilm",
         stages=(
             Stage("copy", 250, 64, 64, {"copy": 1.0}, 0.05),
-            Stage("match", 1450, 128, 32, MATCH, 0.05),
-            Stage("passage", 600, 256, 16, _with_language(PASSAGE, 0.1), 0.1),
-            Stage("passages", 700, 512, 8, _with_language(READING, 0.35), 0.2),
-            Stage("anneal", 500, 768, 5, _with_language(READING, 0.4), 0.2),
+            Stage("match", 1250, 128, 32, MATCH, 0.05),
+            Stage("passage", 500, 256, 16, _with_language(PASSAGE, 0.1), 0.1),
+            Stage("passages", 600, 512, 8, _with_language(READING, 0.35), 0.2),
+            Stage("anneal", 400, 768, 5, _with_language(READING, 0.4), 0.2),
         ),
     ),
     # One H200-class GPU, under twenty minutes: about 390 M tokens.
@@ -535,7 +535,9 @@ def training_facts(work: Path) -> dict[str, Any]:
     tokens = sum(stage["steps"] * stage["length"] * stage["batch"] for stage in edition["stages"])
     every = min(log)
     at = EDITIONS[edition["name"]]
-    seconds = sum(every * stage_at(at, s - 1).length * stage_at(at, s - 1).batch / row["tokens_per_second"] for s, row in log.items())
+    seconds = sum(
+        every * stage_at(at, s - 1).length * stage_at(at, s - 1).batch / row["tokens_per_second"] for s, row in log.items()
+    )
     mfu = sorted(row["mfu"] for row in log.values())
     shape = {k: edition[k] for k in ("vocab", "hidden", "layers", "heads", "kv_heads", "intermediate", "context")}
     return {

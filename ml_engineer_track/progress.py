@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from tqdm import tqdm
 
 DELAY_SECONDS = 2.0
+T = TypeVar("T")
 
 
 class Progress:
@@ -33,6 +35,14 @@ class Progress:
             self._said = time.monotonic()
             facts = " ".join(f"{k} {v}" for k, v in shown.items())
             print(f"  {self.name}: {self.done} of {self.total} {facts}".rstrip(), flush=True)
+
+
+def watched(items: Sequence[T], name: str) -> Iterator[T]:
+    """The items, with a bar that moves as they are taken."""
+    with progress(name, total=len(items)) as bar:
+        for item in items:
+            yield item
+            bar.update(1)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ml_engineer_track.curate import CuratedData, Row
 from ml_engineer_track.evaluate import Scores
 from ml_engineer_track.finetune import Tuned
 from ml_engineer_track.models import load_model, load_tokenizer, prompt_text, stop_token_ids
+from ml_engineer_track.progress import watched
 from ml_engineer_track.quantize import Variants
 from shared import handoff
 from shared.chat import PROMPT_VERSION
@@ -52,7 +53,7 @@ def publish(
     tokenizer = load_tokenizer(variants.folders["bf16"])
     rows = golden_rows(data)
     described: dict[str, handoff.Variant] = {}
-    for name, folder in folders.items():
+    for name, folder in watched(list(folders.items()), "publish: golden replies"):
         model = load_model(str(folder))
         described[name] = handoff.Variant(
             name=name, weight_bytes=variants.weight_bytes[name], quality=scores[name].figures,

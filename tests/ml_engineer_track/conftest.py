@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import lzma
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from ml_engineer_track.curate import CuratedData, curate
 from ml_engineer_track.models import load_model, load_tokenizer
+from ml_engineer_track.reading import PRETRAIN_FILES, TASK_FILES
 from shared.library import ROW_FILES
 from shared.settings import BASE_MODEL, OVERRIDES, ROOT, Settings, load_settings
 
@@ -26,7 +29,8 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell that is set up for a run must not change what is tested; and nothing here needs a hub."""
     for variable in (*OVERRIDES, "PRESET"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for programs that a test starts
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +98,70 @@ def make_settings(micro_path: str, mini_datasets: Path, tmp_path: Path) -> Calla
         return made.model_copy(update={name: getattr(made, name).model_copy(update=part) for name, part in changes.items()})
 
     return make
+
+
+# --- a corpus for reading and pretraining ----------------------------------------------------------------------------
+
+NOUNS = "kidney liver lung river engine garden nerve muscle candle bridge vessel market forest signal crystal".split()
+VERBS = "carries filters moves protects warms guides holds changes".split()
+THINGS = "blood water heat light oxygen sugar salt air".split()
+
+
+def write_corpus(folder: Path) -> Path:
+    """All files of a corpus in their formats, with a few hundred made-up sentences."""
+    rng = random.Random(0)
+
+    def sentence() -> str:
+        noun, verb, thing = rng.choice(NOUNS), rng.choice(VERBS), rng.choice(THINGS)
+        place = f"part {rng.randint(1, 900)} of the old {rng.choice(NOUNS)}"
+        return rng.choice((f"The {noun} {verb} {thing} through {place}.", f"A {noun} is a thing that {verb} {thing} in {place}."))
+
+    def text(n: int) -> str:
+        return " ".join(sentence() for _ in range(n))
+
+    foci = [f"Disease {rng.choice(NOUNS)} {n}" for n in range(60)]
+    for name in PRETRAIN_FILES:
+        if name.startswith("health_medquad"):
+            documents = [f"{focus}. What is {focus}? {text(6)}" for focus in foci]
+        else:
+            documents = [text(12) for _ in range(250)]
+        _write_xz(folder / "pretrain" / f"{name}.txt.xz", documents)
+    contexts = [text(5) for _ in range(40)]
+    titles = [f"Article {n}" for n in range(8)]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "squad2_16_articles": [
+            {"title": titles[i % 8], "context": c, "question": f"What is said in {i}?", "is_impossible": i % 4 == 0,
+             "answers": [] if i % 4 == 0 else [c.split(". ")[1][4:20]]}
+            for i, c in enumerate(contexts)
+        ],
+        "medquad_1_to_6": [
+            {"focus": focus, "synonyms": [f"{focus} illness"] if n % 2 else [],
+             "sections": [{"qtype": kind, "question": f"What are the {kind} of {focus}?", "answer": text(3)}
+                          for kind in ("symptoms", "causes", "treatment")]}
+            for n, focus in enumerate(foci)
+        ],
+        "rqe_train": [
+            {"chq": f"Hello, my {n} has trouble with {t}, help?", "faq": f"How does a {n} deal with {t}?", "entails": i % 2 == 0}
+            for i, (n, t) in enumerate((n, t) for n in NOUNS for t in THINGS)
+        ],
+        "qulac": [{"topic": n, "facet_desc": f"the age of the {n}", "question": f"Do you mean an old {n}?"} for n in NOUNS],
+        "in3_train": [{"task": f"Find me a {n}", "vague": i % 2 == 0} for i, n in enumerate(NOUNS)],
+        "medsafety_train": [{"harmful_medical_request": f"How can I harm a {n}?"} for n in NOUNS],
+        "halueval_qa": [
+            {"knowledge": text(2), "question": f"What is {n}?", "right_answer": "A thing.", "hallucinated_answer": "A king."}
+            for n in NOUNS
+        ],
+    }  # fmt: skip
+    for name in TASK_FILES:
+        _write_xz(folder / "tasks" / f"{name}.jsonl.xz", [json.dumps(row) for row in rows[name]])
+    return folder
+
+
+def _write_xz(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(lzma.compress(("\n".join(lines) + "\n").encode(), preset=1))
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))

@@ -194,7 +194,7 @@ def test_perplexity_is_that_of_the_right_replies(
     for row in chosen:
         prompt = tokenizer(prompt_text(tokenizer, row.messages))["input_ids"]
         reply = tokenizer(row.reply + tokenizer.eos_token)["input_ids"]
-        ids = torch.tensor([prompt + reply])
+        ids = torch.tensor([prompt + reply], device=micro.device)
         with torch.no_grad():
             logits = micro(ids).logits[0, len(prompt) - 1 : -1]
         total += float(F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))

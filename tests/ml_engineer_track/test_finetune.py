@@ -44,7 +44,7 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loss_by_hand(model: PreTrainedModel, example: Example) -> float:
     """Cross-entropy of the last `reply` tokens from a forward pass over the whole, unpadded row."""
-    ids = torch.tensor([example.ids])
+    ids = torch.tensor([example.ids], device=model.device)
     with torch.no_grad():
         log_probabilities = model(ids).logits[0].double().log_softmax(-1)
     first = len(example.ids) - example.reply

@@ -33,7 +33,7 @@ def one_by_one(
 ) -> list[str]:
     replies = []
     for conversation in conversations:
-        batch = tokenizer(prompt_text(tokenizer, conversation), add_special_tokens=False, return_tensors="pt")
+        batch = tokenizer(prompt_text(tokenizer, conversation), add_special_tokens=False, return_tensors="pt").to(model.device)
         ids = model.generate(**batch, max_new_tokens=tokens, do_sample=False, eos_token_id=stop_token_ids(model, tokenizer))
         replies.append(tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return replies

@@ -1,0 +1,340 @@
+"""Making a base model: resumable to the last digit, a tokenizer that loses nothing, and a folder anybody can load."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ml_engineer_track import pretrain as pt
+from ml_engineer_track.models import load_model
+from ml_engineer_track.reading import Exercise, Exercises, load_corpus
+from shared.chat import MAX_SOURCES, answer_messages
+from shared.settings import BASE_MODEL
+
+TEST = pt.EDITIONS["test"]
+FIFTY = pt.with_steps(TEST, 50)
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def shared_work(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the test edition."""
+    work = tmp_path_factory.mktemp("pretrain")
+    pt.pretrain(corpus_folder, TEST, work)
+    return work
+
+
+@pytest.fixture(scope="module")
+def own(shared_work: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of that run."""
+    return AutoTokenizer.from_pretrained(shared_work / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def exercises(corpus_folder: Path) -> Exercises:
+    return Exercises(load_corpus(corpus_folder))
+
+
+@pytest.fixture(scope="module")
+def run(corpus_folder: Path, exercises: Exercises, own: PreTrainedTokenizerBase, shared_work: Path) -> Run:
+    """Train fifty steps in a folder, with a checkpoint at 25."""
+    corpus = load_corpus(corpus_folder)
+    tokens = pt.write_token_files(corpus, own, shared_work / "tokens")
+    held_out = Exercises(corpus, held_out=True)
+
+    def train(work: Path, checkpoint_every: int = 25) -> Path:
+        work.mkdir(parents=True, exist_ok=True)
+        model = pt.new_model(FIFTY, own)
+        return pt.train(model, own, exercises, held_out, tokens, FIFTY, work, checkpoint_every=checkpoint_every)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def untroubled(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifty steps in one go."""
+    return run(tmp_path_factory.mktemp("untroubled")).parent
+
+
+def log_of(work: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (work / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(st.text(alphabet=st.characters(codec="utf-8")))
+@example("👩‍🔬 is 38.5 °C\u2028 \x00\x07\x1b[0m\r\n\t  \u200d e\u0301 \ud7ff\U0010ffff")
+@example("  two  spaces\n\n\nand lines \u00a0 ")
+@example("[1][60] [61] [0] [ 1 ]")
+def test_the_tokenizer_gives_back_any_text(own: PreTrainedTokenizerBase, text: str) -> None:
+    assert own.decode(own(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("text", ["é", "😀", "\x00", "日本", "٣", "\u2028"])
+def test_text_the_tokenizer_has_never_seen_is_bytes_and_not_lost(own: PreTrainedTokenizerBase, text: str) -> None:
+    ids = own(text, add_special_tokens=False)["input_ids"]
+    assert 1 <= len(ids) <= len(text.encode())
+    assert own.decode(ids) == text
+
+
+@pytest.mark.parametrize("which", ["test", "bundled"])
+def test_every_citation_mark_is_one_token(own: PreTrainedTokenizerBase, which: str) -> None:
+    tokenizer = own if which == "test" else AutoTokenizer.from_pretrained(BASE_MODEL)
+    marks = [tokenizer(f"[{n}]", add_special_tokens=False)["input_ids"] for n in range(1, MAX_SOURCES + 1)]
+    assert {len(ids) for ids in marks} == {1}
+    assert len({ids[0] for ids in marks}) == MAX_SOURCES
+    assert len(tokenizer(f"[{MAX_SOURCES + 1}]", add_special_tokens=False)["input_ids"]) > 1
+
+
+def test_a_number_is_read_digit_by_digit(own: PreTrainedTokenizerBase) -> None:
+    assert len(own("38512", add_special_tokens=False)["input_ids"]) == 5
+
+
+def test_the_vocabulary_has_the_size_asked_for(own: PreTrainedTokenizerBase) -> None:
+    assert len(own) <= TEST.vocab
+    assert own.pad_token == pt.PAD
+    assert own.eos_token == pt.END
+
+
+def test_an_encoded_exercise_is_what_the_chat_template_makes_of_it(own: PreTrainedTokenizerBase, exercises: Exercises) -> None:
+    """Training writes the template out by hand; serving uses the template. They must never differ by a token."""
+    made = [exercises.make(kind, random.Random(n), 200) for kind in exercises.kinds for n in range(3)]
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    made += [Exercise("find", answer_messages("Why?", []), "None."), Exercise("chat", system, "Hello\n you")]
+    for given_exercise in made:
+        prompt, reply = pt.encode(given_exercise, own)
+        messages = given_exercise.messages
+        text = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert prompt == own(text, add_special_tokens=False)["input_ids"]
+        whole = own.apply_chat_template([*messages, {"role": "assistant", "content": given_exercise.reply}], tokenize=False)
+        assert prompt + reply == own(whole, add_special_tokens=False)["input_ids"]
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_token_files_hold_the_documents_each_ended(own: PreTrainedTokenizerBase, corpus_folder: Path, shared_work: Path) -> None:
+    documents = load_corpus(corpus_folder, TEST.chars_per_source).documents
+    for name, texts in documents.items():
+        stream = np.fromfile(shared_work / "tokens" / f"{name}.bin", dtype=np.uint16)
+        assert own.decode(stream) == "".join(text + pt.END for text in texts)
+
+
+def test_a_batch_is_the_same_every_time_and_weighs_no_padding(
+    own: PreTrainedTokenizerBase, exercises: Exercises, corpus_folder: Path, shared_work: Path
+) -> None:
+    tokens = pt.write_token_files(load_corpus(corpus_folder), own, shared_work / "tokens")
+    batches = pt.Batches(exercises, tokens, own, TEST)
+    assert len(batches) == 8
+    for step in (0, 5):
+        stage = pt.stage_at(TEST, step)
+        ids, weights = batches[step]
+        assert ids.shape == weights.shape == (stage.batch, stage.length)
+        assert torch.equal(ids, batches[step][0])
+        assert not torch.equal(ids, batches[step + 1][0])
+        assert (weights[ids == own.pad_token_id] == 0).all()
+        assert set(weights.unique().tolist()) <= set(torch.tensor([0.0, stage.prompt_weight, 1.0, TEST.mark_weight]).tolist())
+
+
+def test_a_citation_mark_weighs_more_than_the_words_it_chooses(own: PreTrainedTokenizerBase, exercises: Exercises) -> None:
+    lookups = replace(TEST, stages=(pt.Stage("only", 1, 256, 4, {"lookup": 1.0}, 0.05),))
+    ids, weights = pt.Batches(exercises, {}, own, lookups)[0]
+    for row, weight in zip(ids.tolist(), weights.tolist(), strict=True):
+        marks = {own.convert_tokens_to_ids(f"[{n}]") for n in range(1, 61)}
+        reply_from = row.index(own.convert_tokens_to_ids(pt.ASSISTANT)) + 1
+        assert row[reply_from] in marks
+        assert weight[reply_from] == TEST.mark_weight
+        assert weight[reply_from + 1] == 1.0
+        assert weight[0] == pytest.approx(0.05)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_stages_follow_each_other() -> None:
+    assert [pt.stage_at(TEST, step).name for step in range(8)] == ["copy"] * 4 + ["anneal"] * 4
+    assert pt.stage_at(TEST, 99).name == "anneal"
+    for edition in pt.EDITIONS.values():
+        assert edition.steps == sum(stage.steps for stage in edition.stages)
+        assert all(sum(stage.mix.values()) == pytest.approx(1.0) for stage in edition.stages)
+
+
+def test_the_learning_rate_warms_up_stays_and_decays() -> None:
+    edition = replace(pt.with_steps(TEST, 1000), warmup=100, decay_share=0.3)
+    scale = [pt.learning_rate_scale(edition, step) for step in range(edition.steps)]
+    assert scale[:3] == pytest.approx([0.01, 0.02, 0.03])
+    assert scale[99:700] == pytest.approx([1.0] * 601)
+    assert scale[850] == pytest.approx(1 - 0.95 / 2)
+    assert scale[-1] == pytest.approx(0.05, abs=0.01)
+    assert scale[700:] == sorted(scale[700:], reverse=True)
+
+
+def test_a_run_of_another_length_keeps_its_stages_in_proportion() -> None:
+    assert FIFTY.steps == 50
+    assert [s.steps for s in FIFTY.stages] == [25, 25]
+    assert all(s.steps >= 1 for s in pt.with_steps(pt.EDITIONS["cpu"], 3).stages)
+
+
+def test_training_lowers_the_loss_and_reports_its_speed(untroubled: Path) -> None:
+    rows = log_of(untroubled)
+    assert [row["step"] for row in rows] == [25, 50]
+    assert rows[0]["loss"] < np.log(TEST.vocab) + 0.5
+    for row in rows:
+        assert row["tokens_per_second"] > 0
+        assert 0 <= row["data_wait_share"] <= 1
+    assert {"copy", "find", "squad_reading", "medquad_reading"} <= set(rows[-1])
+
+
+@pytest.mark.parametrize("stop", [27, 49])
+def test_an_interrupted_run_goes_on_and_gives_the_losses_and_weights_of_an_untroubled_one(
+    run: Run, untroubled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: int
+) -> None:
+    real = pt.learning_rate_scale
+
+    def interrupted(edition: pt.Edition, step: int) -> float:
+        if step == stop:
+            raise KeyboardInterrupt
+        return real(edition, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pt, "learning_rate_scale", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    run(tmp_path)
+    assert "resuming at step 25 of 50" in capsys.readouterr().out
+    assert [(row["step"], row["loss"]) for row in log_of(tmp_path)] == [(r["step"], r["loss"]) for r in log_of(untroubled)]
+    torch.testing.assert_close(weights(tmp_path), weights(untroubled), rtol=0, atol=0)
+
+
+def weights(work: Path) -> dict[str, torch.Tensor]:
+    return dict(pt.load_file(work / "checkpoint" / "model.safetensors"))
+
+
+def test_a_kill_between_the_two_renames_of_a_checkpoint_costs_no_step(
+    run: Run, untroubled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name == "checkpoint.part" and (tmp_path / "checkpoint.old").exists():
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    run(tmp_path)
+    assert "resuming at step 25 of 50" in capsys.readouterr().out
+    torch.testing.assert_close(weights(tmp_path), weights(untroubled), rtol=0, atol=0)
+
+
+def test_a_finished_run_is_not_trained_further(run: Run, untroubled: Path, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(untroubled, tmp_path / "work"))
+    run(work)
+    assert log_of(work) == log_of(untroubled)
+    torch.testing.assert_close(weights(work), weights(untroubled), rtol=0, atol=0)
+
+
+# --- what is shipped -------------------------------------------------------------------------------------------------
+
+
+def test_a_shipped_folder_loads_with_plain_auto_classes(shared_work: Path, tmp_path: Path) -> None:
+    folder = pt.ship(shared_work, tmp_path / "base")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(pt.USER)
+    saved = AutoModelForCausalLM.from_pretrained(shared_work / "model", dtype=torch.bfloat16)
+    torch.testing.assert_close(dict(model.state_dict()), dict(saved.state_dict()), rtol=0, atol=0)
+
+
+def test_shipping_again_replaces_what_is_there(shared_work: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "stale.safetensors").write_bytes(b"x")
+    folder = pt.ship(shared_work, tmp_path / "base")
+    assert not (folder / "stale.safetensors").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+# --- the bundled model -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundled() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(BASE_MODEL, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def bundled_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    asked = ["Copy: the old river moves", "What is a fever?", "Copy: one two three four five six seven eight nine ten"]
+    return [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        for text in asked
+    ]
+
+
+def test_the_bundled_model_is_small_enough_for_a_repository() -> None:
+    files = [p for p in BASE_MODEL.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 40_000_000
+    assert max(p.stat().st_size for p in files) <= 15 * 2**20
+    assert not [p for p in files if p.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+def test_the_bundled_model_is_a_llama_with_tied_embeddings(bundled: PreTrainedModel) -> None:
+    assert type(bundled).__name__ == "LlamaForCausalLM"
+    assert bundled.get_input_embeddings().weight.data_ptr() == bundled.get_output_embeddings().weight.data_ptr()
+    assert all(p.isfinite().all() for p in bundled.parameters())
+
+
+def test_padding_on_the_left_changes_no_reply(bundled: PreTrainedModel, bundled_tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = prompts(bundled_tokenizer)
+    batch = bundled_tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    together = bundled.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    for row, text in zip(together, texts, strict=True):
+        one = bundled_tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        alone = bundled.generate(**one, max_new_tokens=12, do_sample=False)[0, one["input_ids"].shape[1] :]
+        assert bundled_tokenizer.decode(row, skip_special_tokens=True) == bundled_tokenizer.decode(
+            alone, skip_special_tokens=True
+        )
+
+
+def test_replies_with_and_without_the_cache_agree(bundled: PreTrainedModel, bundled_tokenizer: PreTrainedTokenizerBase) -> None:
+    for text in prompts(bundled_tokenizer):
+        one = bundled_tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        with_cache, without = (
+            bundled.generate(**one, max_new_tokens=12, do_sample=False, use_cache=cache).tolist() for cache in (True, False)
+        )
+        assert with_cache == without
+
+
+def test_the_bundled_model_in_4_bits_is_saved_and_loaded_back(tmp_path: Path) -> None:
+    model = load_model(str(BASE_MODEL), variant="nf4")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(100, 130)[None, :]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, loaded(ids).logits)
+    assert sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")) < 0.6 * sum(
+        p.stat().st_size for p in BASE_MODEL.glob("*.safetensors")
+    )

@@ -1,0 +1,291 @@
+"""Exercises are right by construction, what is measured on is never trained on, and a broken corpus is found first."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ml_engineer_track import pretrain as pt
+from ml_engineer_track import reading as r
+from ml_engineer_track.reading import Corpus, Exercise, Exercises
+from shared.chat import NOT_ANSWERED, parse_answer
+from shared.errors import UserError
+
+QUOTING = ("find", "define", "section", "squad_reading", "medquad_reading", "choose_question")
+JSON_KINDS = {"claim": "grounded", "same_question": "same", "vague": "vague", "harmful": "harmful"}
+KINDS = [*QUOTING, *JSON_KINDS, "copy", "lookup", "index", "ask_back", "fields"]
+
+
+@pytest.fixture(scope="module")
+def corpus(corpus_folder: Path) -> Corpus:
+    return r.load_corpus(corpus_folder)
+
+
+@pytest.fixture(scope="module")
+def exercises(corpus: Corpus) -> Exercises:
+    return Exercises(corpus)
+
+
+def some(exercises: Exercises, kind: str, n: int = 60) -> list[Exercise]:
+    """Exercises of several sizes, the short form without an instruction among them."""
+    rng = random.Random(kind)
+    return [exercises.make(kind, rng, rng.choice((120, 190, 250, 500))) for _ in range(n)]
+
+
+def numbered(exercise: Exercise) -> dict[int, str]:
+    found = re.findall(r"^\[(\d+)\] (.*)$", exercise.messages[0]["content"], flags=re.MULTILINE)
+    assert [int(n) for n, _ in found] == list(range(1, len(found) + 1))
+    return {int(n): text for n, text in found}
+
+
+# --- every kind ------------------------------------------------------------------------------------------------------
+
+
+def test_no_kind_is_left_untested(exercises: Exercises) -> None:
+    assert set(KINDS) == set(exercises.kinds)
+    assert {kind for edition in pt.EDITIONS.values() for stage in edition.stages for kind in stage.mix} - {"language"} <= set(
+        KINDS
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exercise_has_one_prompt_and_a_reply(exercises: Exercises, kind: str) -> None:
+    for made in some(exercises, kind, 30):
+        assert made.kind == kind
+        assert [m["role"] for m in made.messages] == ["user"]
+        assert made.reply.strip() == made.reply != ""
+        assert "<|" not in made.messages[0]["content"] + made.reply
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_gives_the_same_exercise(exercises: Exercises, kind: str) -> None:
+    assert some(exercises, kind, 5) == some(exercises, kind, 5)
+
+
+@pytest.mark.parametrize("kind", QUOTING)
+def test_a_reading_reply_quotes_its_sources_word_for_word_or_refuses(exercises: Exercises, kind: str) -> None:
+    refused = 0
+    for made in some(exercises, kind):
+        sources = numbered(made)
+        assert sources
+        if made.reply == NOT_ANSWERED:
+            refused += 1
+            continue
+        for quoted in parse_answer(made.reply):
+            assert quoted.number is not None
+            assert sources[quoted.number] == quoted.text
+    assert 0 < refused < 40
+
+
+@pytest.mark.parametrize("kind", QUOTING)
+def test_an_unanswerable_exercise_does_not_show_the_sentence_it_lost(
+    exercises: Exercises, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden: list[list[str]] = []
+    real = Exercises._hide
+
+    def noted(self: Exercises, kind: str, rng: random.Random, question: str, targets: list[str], *rest: object) -> object:
+        made = real(self, kind, rng, question, targets, *rest)
+        if made is not None:
+            hidden.append(list(targets))
+        return made
+
+    monkeypatch.setattr(Exercises, "_hide", noted)
+    for made, targets in zip(some(exercises, kind), hidden, strict=True):
+        shown = set(numbered(made).values())
+        if made.reply == NOT_ANSWERED:
+            assert not shown & set(targets)
+        else:
+            assert [q.text for q in parse_answer(made.reply)] == targets
+
+
+def test_a_lookup_quotes_the_sentence_of_that_number(exercises: Exercises) -> None:
+    for made in some(exercises, "lookup"):
+        n = int(re.search(r"Quote sentence \[(\d+)\]", made.messages[0]["content"])[1])
+        assert made.reply == f"[{n}] {numbered(made)[n]}"
+
+
+def test_an_index_gives_words_the_number_of_a_sentence_that_has_them(exercises: Exercises) -> None:
+    for made in some(exercises, "index"):
+        sources = numbered(made)
+        for entry in made.reply.split("; "):
+            words, number = re.fullmatch(r"(.+) \[(\d+)\]", entry).groups()
+            assert set(words.split()) <= set(re.findall(r"[A-Za-z][A-Za-z\-]+", sources[int(number)]))
+
+
+def test_a_copy_repeats_what_it_was_given(exercises: Exercises) -> None:
+    assert all(made.messages[0]["content"] == f"Copy: {made.reply}" for made in some(exercises, "copy"))
+
+
+@pytest.mark.parametrize(("kind", "key"), JSON_KINDS.items())
+def test_a_yes_or_no_exercise_replies_in_compact_json_and_both_occur(exercises: Exercises, kind: str, key: str) -> None:
+    assert {made.reply for made in some(exercises, kind)} == {f'{{"{key}":true}}', f'{{"{key}":false}}'}
+
+
+def test_a_true_claim_stands_in_the_sources_and_a_false_one_does_not(exercises: Exercises) -> None:
+    for made in some(exercises, "claim", 100):
+        claim = re.search(r"^Claim: (.*)$", made.messages[0]["content"], flags=re.MULTILINE)[1]
+        if not claim.startswith("What is "):  # those are HaluEval's, whose claims are answers and no sentences
+            assert (claim in numbered(made).values()) is json.loads(made.reply)["grounded"]
+
+
+def test_filled_fields_are_the_values_given(exercises: Exercises) -> None:
+    for made in some(exercises, "fields"):
+        values = json.loads(made.reply)
+        asked = re.search(r"with the keys (.*)\.", made.messages[0]["content"])[1].split(", ")
+        assert list(values) == asked
+        for name, value in values.items():
+            assert f"{name} = {json.dumps(value).strip(chr(34))}" in made.messages[0]["content"]
+
+
+def test_an_exercise_keeps_to_about_the_size_asked_for(exercises: Exercises) -> None:
+    for kind in QUOTING:
+        for made in (exercises.make(kind, random.Random(n), 300) for n in range(20)):
+            assert len(made.messages[0]["content"]) < 300 * r.CHARS_PER_TOKEN * 1.1
+
+
+def test_a_kind_without_material_is_an_error_for_the_user(corpus: Corpus) -> None:
+    with pytest.raises(UserError, match="no material"):
+        Exercises(Corpus({}, {}, corpus.tasks, corpus.held_out_tasks, [["Too short."]])).make("define", random.Random(0), 200)
+
+
+# --- what is measured on is not trained on ---------------------------------------------------------------------------
+
+
+def test_held_out_documents_are_never_trained_on(corpus: Corpus) -> None:
+    for name in r.PRETRAIN_FILES:
+        assert corpus.documents[name]
+        assert not set(corpus.documents[name]) & set(corpus.held_out[name])
+    assert any(corpus.held_out.values())
+    trained = {s for paragraph in corpus.paragraphs for s in paragraph}
+    measured = {s for docs in corpus.held_out.values() for doc in docs for s in r.sentences(doc)}
+    own = measured - {s for docs in corpus.documents.values() for doc in docs for s in r.sentences(doc)}
+    assert own
+    assert not own & trained
+
+
+def test_held_out_questions_share_no_article_and_no_disease_with_training(corpus: Corpus) -> None:
+    for name, key in (("squad2_16_articles", "title"), ("medquad_1_to_6", "focus")):
+        trained, measured = ({row[key] for row in tasks[name]} for tasks in (corpus.tasks, corpus.held_out_tasks))
+        assert trained
+        assert measured
+        assert not trained & measured
+    foci = {row["focus"].lower() for row in corpus.held_out_tasks["medquad_1_to_6"]}
+    assert not [d for d in corpus.documents["health_medquad_1_to_6"] if d.split(". What")[0].lower() in foci]
+
+
+@pytest.mark.xfail(strict=True, reason="Exercises(held_out=True) takes its paragraphs from the training documents")
+def test_held_out_exercises_hide_only_held_out_sentences(corpus: Corpus) -> None:
+    """The probes of pretraining are called held out; `find` and `copy` are two of them."""
+    trained = {s for paragraph in corpus.paragraphs for s in paragraph}
+    for kind in ("find", "define"):
+        for made in some(Exercises(corpus, held_out=True), kind, 20):
+            assert not {q.text for q in parse_answer(made.reply)} & trained
+
+
+def test_the_split_does_not_depend_on_the_order_of_documents(corpus_folder: Path, corpus: Corpus, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(corpus_folder, tmp_path / "corpus"))
+    file = folder / "pretrain" / "general_wikipedia.txt.xz"
+    lines = lzma.decompress(file.read_bytes()).decode().splitlines()
+    file.write_bytes(lzma.compress("\n".join(reversed(lines)).encode(), preset=1))
+    again = r.load_corpus(folder)
+    assert set(again.documents["general_wikipedia"]) == set(corpus.documents["general_wikipedia"])
+    capped = [r.load_corpus(f, 5_000).documents["general_wikipedia"] for f in (folder, corpus_folder)]
+    assert capped[0] == capped[1]
+    assert 5_000 <= sum(map(len, capped[0])) < 7_000
+
+
+# --- a broken corpus -------------------------------------------------------------------------------------------------
+
+FILES = [f"pretrain/{n}.txt.xz" for n in r.PRETRAIN_FILES] + [f"tasks/{n}.jsonl.xz" for n in r.TASK_FILES]
+
+
+@pytest.fixture
+def broken(corpus_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(corpus_folder, tmp_path / "corpus"))
+
+
+def refusal(folder: Path, file: str, work: Path) -> str:
+    """What pretraining says about a corpus, before anything is trained."""
+    with pytest.raises(UserError) as caught:
+        pt.pretrain(folder, pt.EDITIONS["test"], work)
+    assert not (work / "tokenizer").exists()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder / file) in message
+    return message
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_named_before_training(broken: Path, file: str, tmp_path: Path) -> None:
+    (broken / file).unlink()
+    assert "missing" in refusal(broken, file, tmp_path / "work")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_truncated_file_is_named_before_training(broken: Path, file: str, tmp_path: Path) -> None:
+    content = (broken / file).read_bytes()
+    for kept in (0, 10, len(content) // 2, len(content) - 1):
+        (broken / file).write_bytes(content[:kept])
+        assert "truncated or damaged" in refusal(broken, file, tmp_path / "work")
+
+
+@pytest.mark.parametrize("file", [FILES[0], FILES[-1]])
+def test_a_file_that_is_not_utf8_is_named_before_training(broken: Path, file: str, tmp_path: Path) -> None:
+    (broken / file).write_bytes(lzma.compress("Ein Satz über Fieber.\n".encode("latin-1")))
+    assert "not UTF-8 (byte 9)" in refusal(broken, file, tmp_path / "work")
+
+
+def test_a_line_that_is_not_json_is_named_before_training(broken: Path, tmp_path: Path) -> None:
+    (broken / "tasks" / "qulac.jsonl.xz").write_bytes(lzma.compress(b'{"topic": "a"}\n\n{"topic": \n'))
+    message = refusal(broken, "tasks/qulac.jsonl.xz", tmp_path / "work")
+    assert "qulac.jsonl.xz:3" in message
+    assert "not JSON" in message
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="load_corpus does not check the fields of rows: KeyError or TypeError, the last only after the tokenizer is trained",
+)
+@pytest.mark.parametrize("line", ["[]", '"text"', '{"title": "without the rest"}'])
+def test_a_row_without_its_fields_is_named_before_training(broken: Path, tmp_path: Path, line: str) -> None:
+    (broken / "tasks" / "squad2_16_articles.jsonl.xz").write_bytes(lzma.compress(line.encode()))
+    refusal(broken, "tasks/squad2_16_articles.jsonl.xz", tmp_path / "work")
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_sentences_are_cut_where_people_end_them() -> None:
+    text = (
+        "== Fever ==\nA fever is a high temperature of the body. It is then over 38.5 degrees! Go. Is a fever bad for children?"
+    )
+    assert r.sentences(text) == [
+        "A fever is a high temperature of the body.",
+        "It is then over 38.5 degrees!",
+        "Is a fever bad for children?",
+    ]
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=400))
+def test_sentences_are_single_lines_of_25_to_320_characters(text: str) -> None:
+    for sentence in r.sentences(text):
+        assert sentence == " ".join(sentence.split())
+        assert len(sentence) <= 320
+
+
+@given(st.integers(0, 10_000))
+def test_a_changed_fact_is_another_sentence(seed: int) -> None:
+    said = "Adults may take 500 mg of paracetamol before meals, but not more than four times a day."
+    changed = r.change_fact(said, random.Random(seed))
+    assert changed is not None
+    assert changed != said
+    assert r.change_fact("Hm?", random.Random(seed)) is None

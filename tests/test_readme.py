@@ -1,0 +1,102 @@
+"""The README keeps its promises: every command it shows runs, every path it names exists, every preset loads."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.settings import load_settings, preset_names
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "ml_engineer_track" / "README.md", ROOT / "datasets" / "README.md"]
+#: commands that would start this very test run again, or rewrite a file under version control
+NOT_RUN = ("make test", "pytest ", "python -m shared.datasheet")
+SLOW = ("make ml", "ml_engineer_track run", "ml_engineer_track evaluate", "ml_engineer_track benchmark", "handoff verify")
+
+
+def shown_commands() -> list[str]:
+    found: list[str] = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            found += [line.split("#")[0].strip() for line in block.splitlines() if line.split("#")[0].strip()]
+    return list(dict.fromkeys(found))
+
+
+def run(command: str, artifacts: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PRESET": "smoke", "ARTIFACTS": str(artifacts), "PYTHON": sys.executable}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    # `make` would set up .venv first; these tests already run in an environment that has everything.
+    command = re.sub(r"\bmake ml\b", f"make ml VENV={Path(sys.executable).parent.parent}", command)
+    return subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("artifacts")
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(shown_commands()) >= 8
+
+
+@pytest.mark.parametrize("command", [c for c in shown_commands() if not any(word in c for word in (*NOT_RUN, *SLOW))])
+def test_a_quick_command_of_the_readme_runs(command: str, artifacts: Path) -> None:
+    done = run(command, artifacts)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_readme_run_one_after_the_other(artifacts: Path) -> None:
+    order = [c for c in shown_commands() if any(word in c for word in SLOW)]
+    # Models are published by `make ml` and read by the others, so it goes first; the model of another preset is not fetched.
+    for command in sorted(order, key=lambda c: not c.startswith(("make ml", "DATASETS"))):
+        done = run(command.replace("handoff verify", f"handoff verify --models {artifacts / 'models'}"), artifacts)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_file_in_the_readmes_tree_exists() -> None:
+    tree = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert tree
+    folder = ROOT
+    for line in tree[1].splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = ROOT / name
+        path = folder if not line.startswith(" ") else folder / name
+        assert path.exists() or name == "artifacts/", path
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_and_says_what_it_is_for(name: str) -> None:
+    assert load_settings(name).preset == name
+    first = (ROOT / "ml_engineer_track" / "presets" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 30
+
+
+@pytest.mark.parametrize("target", ["ai", "demo", "serve", "bench"])
+def test_a_target_that_is_not_built_says_so_and_fails(target: str) -> None:
+    done = subprocess.run(["make", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "not built yet" in done.stderr
+
+
+def test_help_lists_every_target() -> None:
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert targets
+    for target in targets[1].split():
+        assert re.search(rf"^{target} ", done.stdout, flags=re.MULTILINE), target
