@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-
 import typer
 
 from shared.errors import UserError
-from shared.settings import BASE_MODEL, Settings, load_settings
+from shared.settings import BASE_MODEL, load_settings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+STOPPED = 130
 Preset = Annotated[str | None, typer.Option(help="a file of ml_engineer_track/presets (default: PRESET, else tiny)")]
 Model = Annotated[str | None, typer.Option(help="hub id or folder of a causal LM (default: MODEL, else the preset's)")]
 Method = Annotated[str | None, typer.Option(help="lora or qlora (default: METHOD, else the preset's)")]
@@ -40,9 +35,10 @@ def run(preset: Preset = None, model: Model = None, method: Method = None) -> No
 @app.command()
 def curate(preset: Preset = None, model: Model = None) -> None:
     """Check and clean the data sets and lay out training rows."""
-    from ml_engineer_track.pipeline import Stages, curate_stage
+    from ml_engineer_track import pipeline as p
 
-    print(json.dumps(asdict(curate_stage(Stages(_settings(preset, model)))), indent=2, default=str))
+    with p.stages(load_settings(preset, model=model)) as stages:
+        print(json.dumps(asdict(p.curate_stage(stages)), indent=2, default=str))
 
 
 @app.command()
@@ -50,8 +46,8 @@ def finetune(preset: Preset = None, model: Model = None, method: Method = None) 
     """Train a LoRA adapter on the curated rows."""
     from ml_engineer_track import pipeline as p
 
-    stages = p.Stages(_settings(preset, model, method))
-    tuned = p.finetune_stage(stages, p.curate_stage(stages))
+    with p.stages(load_settings(preset, model=model, method=method)) as stages:
+        tuned = p.finetune_stage(stages, p.curate_stage(stages))
     print(f"adapter: {tuned.adapter}")
 
 
@@ -60,8 +56,8 @@ def quantize(preset: Preset = None, model: Model = None, method: Method = None) 
     """Merge the adapter and store the model in fewer bits."""
     from ml_engineer_track import pipeline as p
 
-    stages = p.Stages(_settings(preset, model, method))
-    variants = p.quantize_stage(stages, p.finetune_stage(stages, p.curate_stage(stages)))
+    with p.stages(load_settings(preset, model=model, method=method)) as stages:
+        variants = p.quantize_stage(stages, p.finetune_stage(stages, p.curate_stage(stages)))
     print(json.dumps(variants.folders, indent=2))
 
 
@@ -72,10 +68,12 @@ def evaluate(preset: Preset = None, path: Annotated[str, typer.Option(help="mode
     from ml_engineer_track import pipeline as p
     from ml_engineer_track.models import check_model_path, load_model, load_tokenizer
 
-    settings = _settings(preset)
+    settings = load_settings(preset)
     path = path or settings.model_path
     check_model_path(path)
-    scores = e.evaluate(settings, p.curate_stage(p.Stages(settings)), load_model(path), load_tokenizer(path), path)
+    with p.stages(settings) as stages:
+        data = p.curate_stage(stages)
+    scores = e.evaluate(settings, data, load_model(path), load_tokenizer(path), path)
     print(json.dumps({key: figure.model_dump() for key, figure in scores.figures.items()}, indent=2))
 
 
@@ -97,7 +95,7 @@ def benchmark(preset: Preset = None, path: Annotated[str, typer.Option(help="mod
     from ml_engineer_track import benchmark as b
     from ml_engineer_track.models import check_model_path
 
-    settings = _settings(preset)
+    settings = load_settings(preset)
     path = path or settings.model_path
     check_model_path(path)
     print(json.dumps(b.benchmark(settings, {path: path}), indent=2))
@@ -126,20 +124,17 @@ def pretrain(
     print(f"model: {p.ship(folder, into)}")
 
 
-def _settings(preset: str | None, model: str | None = None, method: str | None = None) -> Settings:
-    return load_settings(preset, model=model, method=method)
-
-
 def main() -> int:
     """Run a command; a user's mistake, a full disk or a lost GPU becomes one line and exit status 2."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == STOPPED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
-        return 130
+        return STOPPED
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -26,8 +26,8 @@ from typing import Any, Literal
 import bm25s
 from datasketch import MinHash, MinHashLSH
 from pydantic import BaseModel
-from transformers import AutoTokenizer
 
+from ml_engineer_track.models import load_tokenizer
 from ml_engineer_track.progress import watched
 from ml_engineer_track.reading import change_fact
 from shared import chat
@@ -96,11 +96,13 @@ def curate(settings: Settings) -> CuratedData:
     """Check, clean and lay out everything in `settings.datasets`. UserError for broken leaflets or references."""
     need_disk(settings.artifacts, 50_000_000)
     library = lib.load_library(settings.datasets)
+    if problems := lib.family_problems(library):
+        raise UserError(problems[0], str(settings.datasets / "health_library"), "Run `python -m shared.library check`")
     quarantine: list[dict[str, Any]] = []
     raw = {file: _load(settings.datasets, file, kind, library, quarantine) for file, kind in lib.ROW_FILES.items()}
     raw["questions.jsonl"] = _drop_duplicates(raw["questions.jsonl"], settings.curate.near_duplicate, quarantine)
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model_path)
+    tokenizer = load_tokenizer(settings.model_path)
     rows: dict[lib.Split, list[Row]] = {}
     for split in lib.SPLITS:
         pool = _Pool(library, split)
@@ -109,7 +111,9 @@ def curate(settings: Settings) -> CuratedData:
         if settings.curate.max_rows:
             rows[split] = _spread(rows[split], settings.curate.max_rows)
         if not rows[split]:
-            raise UserError(f"no {split} rows are left after curation", str(settings.datasets), "See quarantine.jsonl")
+            raise UserError(
+                f"no {split} rows are left after curation", str(settings.datasets), "Raise max_prompt_tokens, or add rows"
+            )
     return _write(rows, quarantine, settings.artifacts / "data")
 
 
@@ -300,7 +304,12 @@ def _fit(rows: list[Row], tokenizer: Any, limit: int, quarantine: list[dict[str,
 
 def _spread(rows: list[Row], limit: int) -> list[Row]:
     """At most `limit` rows, every skill kept in proportion and none lost."""
-    return rows[:: max(1, len(rows) // limit)][:limit]
+    kept: list[Row] = []
+    for skill in sorted({r.skill for r in rows}):
+        own = [r for r in rows if r.skill == skill]
+        share = max(1, limit * len(own) // len(rows))
+        kept += [own[i * len(own) // share] for i in range(min(share, len(own)))]
+    return kept
 
 
 def _write(rows: dict[lib.Split, list[Row]], quarantine: list[dict[str, Any]], parent: Path) -> CuratedData:
@@ -315,7 +324,9 @@ def _write(rows: dict[lib.Split, list[Row]], quarantine: list[dict[str, Any]], p
     write_jsonl(aside / "quarantine.jsonl", quarantine)
     write_json(aside / "report.json", {"version": version, "counts": counts, "dropped": dropped})
     final = parent / version
-    if final.exists():
+    if final.exists():  # the same rows; what was dropped on the way to them may differ
+        for name in ("quarantine.jsonl", "report.json"):
+            (aside / name).replace(final / name)
         shutil.rmtree(aside)
     else:
         aside.rename(final)

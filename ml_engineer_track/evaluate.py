@@ -122,7 +122,7 @@ def answer_scores(
             scores["evidence_f1"].append(set_f1(cited, set(row.gold)))
             scores["answer_rate"].append(float(bool(statements)))
         else:
-            scores["correct_refusal"].append(float(not statements))
+            scores["correct_refusal"].append(float(bool(reply) and not statements))
         if statements:
             marks = [q for q in statements if q.number]
             scores["citation_precision"].append(len(supported) / len(marks) if marks else 0.0)

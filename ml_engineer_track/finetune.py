@@ -77,10 +77,10 @@ class Batch:
     labels: torch.Tensor
     keep: int
 
-    def split(self) -> list[Batch]:
-        """Two halves by rows; one row cannot be halved."""
-        half = (len(self.ids) + 1) // 2
-        return [Batch(self.ids[s], self.mask[s], self.labels[s], self.keep) for s in (slice(half), slice(half, None))]
+    def split(self, pieces: int) -> list[Batch]:
+        """By rows, into at most `pieces` parts of nearly equal size."""
+        parts = torch.arange(len(self.ids)).tensor_split(min(pieces, len(self.ids)))
+        return [Batch(self.ids[p], self.mask[p], self.labels[p], self.keep) for p in parts]
 
 
 def finetune(settings: Settings, data: CuratedData) -> Tuned:
@@ -96,7 +96,7 @@ def finetune(settings: Settings, data: CuratedData) -> Tuned:
     plan = plan_batches(train, options, settings.seed)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.learning_rate, fused=True)
-    state = _State.resume(model, optimizer, work) if (work / "checkpoint").exists() else _State()
+    state = _State.resume(model, optimizer, work)
     first, started, seen, waited = state.step, time.perf_counter(), 0, 0.0
     if first:
         print(f"  finetune: resuming at step {first} of {len(plan)}, from {work / 'checkpoint'}")
@@ -168,12 +168,13 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Exam
 def plan_batches(examples: Sequence[Example], options: Finetune, seed: int) -> list[list[int]]:
     """Row numbers of every step of the run: a pure function of data and seed, so a resumed run repeats nothing."""
     per_epoch = bucket(examples, options.batch_tokens)
+    steps = max(1, round(options.epochs * len(per_epoch)))
     plan: list[list[int]] = []
-    while len(plan) < round(options.epochs * len(per_epoch)):
+    while len(plan) < steps:
         epoch = list(per_epoch)
         random.Random(f"{seed}/{len(plan)}").shuffle(epoch)
         plan += epoch
-    return plan[: max(1, round(options.epochs * len(per_epoch)))]
+    return plan[:steps]
 
 
 def bucket(examples: Sequence[Example], batch_tokens: int) -> list[list[int]]:
@@ -226,12 +227,9 @@ def backward(model: torch.nn.Module, batch: Batch, pieces: int) -> tuple[float, 
     """
     total = int((batch.labels != -100).sum())
     while True:
-        parts = [batch]
-        while len(parts) < pieces:
-            parts = [half for part in parts for half in part.split() if len(half.ids)]
         try:
             loss = 0.0
-            for part in parts:
+            for part in batch.split(pieces):
                 summed, _ = reply_losses(model, part)
                 (summed / total).backward()
                 loss += float(summed.detach())
@@ -302,7 +300,12 @@ class _State:
 
     @classmethod
     def resume(cls, model: PeftModel, optimizer: torch.optim.Optimizer, work: Path) -> _State:
-        folder, state = work / "checkpoint", cls()
+        """The state of the last whole checkpoint, model and optimiser put back; a fresh one when there is none."""
+        state = cls()
+        # A kill between the two renames of `_replace` leaves the last checkpoint under its old name.
+        folder = next((f for f in (work / "checkpoint", work / "checkpoint.old") if (f / "state.json").exists()), None)
+        if folder is None:
+            return state
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
         vars(state).update(json.loads((folder / "state.json").read_text(encoding="utf-8")))

@@ -6,7 +6,6 @@ model. Only safetensors are read and `trust_remote_code` stays off.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from shared.errors import UserError
 from shared.hardware import compute_dtype, device
 
-# Every load would print a bar of its own and bitsandbytes a hint about an optional hub download.
+# Every load would print a bar of its own.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quantization(variant: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -93,9 +91,8 @@ def weight_bytes(model: PreTrainedModel) -> int:
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
             tensors += [t for t in state.as_dict(packed=True).values() if isinstance(t, torch.Tensor)]
-        scale = getattr(getattr(module, "state", None), "SCB", None) or getattr(getattr(module, "weight", None), "SCB", None)
-        if isinstance(scale, torch.Tensor):
-            tensors.append(scale)
+        scales = [getattr(getattr(module, part, None), "SCB", None) for part in ("state", "weight")]
+        tensors += [s for s in scales if isinstance(s, torch.Tensor)]
     for tensor in tensors:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
@@ -127,6 +124,8 @@ def _clear_errors(path: str) -> Iterator[None]:
         first = str(error).strip().split("\n")[0][:160]
         raise UserError(f"cannot load the model{offline}: {first}", path, "Check the path or hub id") from None
     except Exception as error:
+        if isinstance(error, RuntimeError) and "size" in str(error) and "mismatch" in str(error):
+            raise UserError("weights do not fit config.json", path, "Fetch or publish the model again") from None
         if type(error).__name__ == "SafetensorError":
             raise UserError(f"weights are damaged: {error}", path, "Fetch or publish them again") from None
         raise

@@ -30,6 +30,7 @@ from ml_engineer_track.publish import Published, publish
 from ml_engineer_track.quantize import Variants, quantize
 from shared.errors import UserError
 from shared.files import sha256_text, sha256_tree, write_text
+from shared.handoff import set_current
 from shared.settings import ROOT, Settings
 
 T = TypeVar("T")
@@ -39,40 +40,37 @@ CONTRACT = (ROOT / "shared" / "chat.py", ROOT / "shared" / "library.py")
 
 def run(settings: Settings) -> Published:
     """All stages in order. Returns what was published; the report lies in `artifacts/reports/`."""
-    check_model_path(settings.model_path)
-    with only_one_run(settings.work):
-        stages = Stages(settings)
-        data = curate_stage(stages)
-        tuned = finetune_stage(stages, data)
-        variants = quantize_stage(stages, tuned)
-        scores = evaluate_stage(stages, data, variants)
-        figures = benchmark_stage(stages, data, variants)
-        published = publish_stage(stages, data, tuned, variants, scores, figures)
-        report.write(report.Run(settings, data, tuned, variants, scores, figures, published, stages.seconds))
+    with stages(settings) as s:
+        data = curate_stage(s)
+        tuned = finetune_stage(s, data)
+        variants = quantize_stage(s, tuned)
+        scores = evaluate_stage(s, data, variants)
+        figures = benchmark_stage(s, data, variants)
+        published = publish_stage(s, data, tuned, variants, scores, figures)
+        set_current(settings.artifacts / "models", published.version)  # also after a skip: another preset may have moved it
+        report.write(report.Run(settings, data, tuned, variants, scores, figures, published, s.seconds))
     return published
 
 
-def curate_stage(stages: Stages) -> CuratedData:
-    s = stages.settings
+def curate_stage(run: Stages) -> CuratedData:
+    s = run.settings
     inputs = [s.datasets, *_tokenizer_files(s)]
-    return stages.run(
-        "curate", CuratedData, lambda: curate(s), inputs, ("curate.py", "reading.py"), [s.curate.model_dump(), s.seed]
-    )
+    return run.run("curate", CuratedData, lambda: curate(s), inputs, ("curate.py", "reading.py"), [s.curate.model_dump(), s.seed])
 
 
-def finetune_stage(stages: Stages, data: CuratedData) -> Tuned:
-    s = stages.settings
+def finetune_stage(run: Stages, data: CuratedData) -> Tuned:
+    s = run.settings
     options = [s.finetune.model_dump(), s.seed, s.model]
-    return stages.run("finetune", Tuned, lambda: finetune(s, data), _weights(s), ("finetune.py", "models.py"), options)
+    return run.run("finetune", Tuned, lambda: finetune(s, data), _weights(s), ("finetune.py", "models.py"), options)
 
 
-def quantize_stage(stages: Stages, tuned: Tuned) -> Variants:
-    s = stages.settings
-    return stages.run("quantize", Variants, lambda: quantize(s, tuned), [], ("quantize.py",), s.quantize.model_dump())
+def quantize_stage(run: Stages, tuned: Tuned) -> Variants:
+    s = run.settings
+    return run.run("quantize", Variants, lambda: quantize(s, tuned), [], ("quantize.py",), s.quantize.model_dump())
 
 
-def evaluate_stage(stages: Stages, data: CuratedData, variants: Variants) -> dict[str, Scores]:
-    s = stages.settings
+def evaluate_stage(run: Stages, data: CuratedData, variants: Variants) -> dict[str, Scores]:
+    s = run.settings
 
     def ask_all() -> dict[str, Scores]:
         paths = {"base": s.model_path, **variants.folders}
@@ -80,28 +78,26 @@ def evaluate_stage(stages: Stages, data: CuratedData, variants: Variants) -> dic
         return {name: evaluate(s, data, load_model(path), tokenizer, name) for name, path in paths.items()}
 
     code = ("evaluate.py", "generate.py", "models.py")
-    return stages.run("evaluate", dict[str, Scores], ask_all, [], code, s.evaluate.model_dump())
+    return run.run("evaluate", dict[str, Scores], ask_all, [], code, s.evaluate.model_dump())
 
 
-def benchmark_stage(stages: Stages, data: CuratedData, variants: Variants) -> dict[str, Any]:
-    s = stages.settings
+def benchmark_stage(run: Stages, data: CuratedData, variants: Variants) -> dict[str, Any]:
+    s = run.settings
 
     def measure_all() -> dict[str, Any]:
         figures = benchmark(s, {"base": s.model_path, **variants.folders})
         return {**figures, "training": training_throughput(s, data)}
 
     code = ("benchmark.py", "benchmark_training.py", "finetune.py")
-    return stages.run("benchmark", dict[str, Any], measure_all, [], code, s.benchmark.model_dump())
+    return run.run("benchmark", dict[str, Any], measure_all, [], code, s.benchmark.model_dump())
 
 
 def publish_stage(
-    stages: Stages, data: CuratedData, tuned: Tuned, variants: Variants, scores: dict[str, Scores], figures: dict[str, Any]
+    run: Stages, data: CuratedData, tuned: Tuned, variants: Variants, scores: dict[str, Scores], figures: dict[str, Any]
 ) -> Published:
-    s = stages.settings
+    s = run.settings
     inputs = [ROOT / "shared" / "handoff.py"]
-    return stages.run(
-        "publish", Published, lambda: publish(s, data, tuned, variants, scores, figures), inputs, ("publish.py",), {}
-    )
+    return run.run("publish", Published, lambda: publish(s, data, tuned, variants, scores, figures), inputs, ("publish.py",), {})
 
 
 #: what each stage says when it is done: what it did, and why an engineer does it
@@ -173,22 +169,26 @@ class Stages:
         expected = {
             "curate": lambda: [result.folder / "train.jsonl"],
             "finetune": lambda: [Path(result.adapter) / "adapter_model.safetensors"],
-            "quantize": lambda: [Path(folder) / "config.json" for folder in result.folders.values()],
+            "quantize": lambda: [
+                next(Path(f).glob("*.safetensors"), Path(f) / "model.safetensors") for f in result.folders.values()
+            ],
             "publish": lambda: [Path(result.folder) / "manifest.json", models / "current"],
         }.get(name, list)
         return all(path.exists() for path in expected())
 
 
 @contextmanager
-def only_one_run(work: Path) -> Iterator[None]:
-    """Two runs in one working folder would overwrite each other's files: the second is refused."""
+def stages(settings: Settings) -> Iterator[Stages]:
+    """The stages of a run, locked: two runs in one working folder would overwrite each other, so the second is refused."""
+    check_model_path(settings.model_path)
+    work = settings.work
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError("another run is using this working folder", str(work), "Wait for it, or set ARTIFACTS") from None
-        yield
+        yield Stages(settings)
 
 
 def _tokenizer_files(settings: Settings) -> list[Path]:

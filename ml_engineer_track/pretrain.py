@@ -548,7 +548,7 @@ def training_facts(work: Path) -> dict[str, Any]:
         "MFU (median, of the matrix-product peak measured on the device)": mfu[len(mfu) // 2],
         "device": fingerprint()["gpu_info"] or fingerprint()["cpu_info"],
         "curriculum": "; ".join(f"{s['name']}: {s['steps']} steps of {s['batch']} x {s['length']}" for s in edition["stages"]),
-        "optimiser": f"Muon at {edition['muon_lr']}, AdamW at {edition['adam_lr']} for embeddings and norms, warm-up-stable-decay",
+        "optimiser": f"Muon at {edition['muon_lr']}, AdamW at {edition['adam_lr']} for the rest, warm-up-stable-decay",
         "seed": edition["seed"],
     }
 

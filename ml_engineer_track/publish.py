@@ -9,7 +9,6 @@ what users of fine-tuning tools report most: a model that behaves differently on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ def publish(
         context, stops = model.config.max_position_embeddings, stop_token_ids(model, tokenizer)
     manifest = handoff.Manifest(
         model_id=f"{settings.preset}-{Path(settings.model_path).name if settings.model != 'bundled' else 'bundled'}",
-        version=version_of(folders),
+        version=version_of(folders, data, scores, figures),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
         base_model=base_info(settings),
@@ -110,7 +109,7 @@ def recommend(scores: dict[str, Scores], figures: dict[str, Any]) -> dict[str, s
     good = [
         name for name in figures["models"] if name in scores and name != "base" and keeps_quality(scores[name], scores["bf16"])
     ]
-    fastest = min(good, key=lambda name: figures["models"][name]["batch"]["1"]["tpot"]["p50"])
+    fastest = min(good, key=lambda name: next(iter(figures["models"][name]["batch"].values()))["tpot"]["p50"])
     return {"cpu": "bf16", "cuda": "bf16", measured: fastest}
 
 
@@ -122,10 +121,11 @@ def keeps_quality(scores: Scores, reference: Scores) -> bool:
     )
 
 
-def version_of(folders: dict[str, Path]) -> str:
-    """Named by content: the same weights are the same version."""
-    digest = hashlib.sha256("".join(sha256_tree([folders[name]]) for name in sorted(folders)).encode())
-    return f"m-{digest.hexdigest()[:12]}"
+def version_of(folders: dict[str, Path], data: CuratedData, scores: dict[str, Scores], figures: dict[str, Any]) -> str:
+    """Named by content: the same weights from the same data with the same figures are the same version."""
+    quality = {name: {key: e.model_dump() for key, e in s.figures.items()} for name, s in scores.items()}
+    weights = {name: sha256_tree([folder]) for name, folder in folders.items()}
+    return f"m-{sha256_text(json.dumps([weights, data.version, quality, figures], sort_keys=True))[:12]}"
 
 
 def base_info(settings: Settings) -> handoff.BaseModelInfo:

@@ -33,7 +33,16 @@ PRETRAIN_FILES = (
     "general_wikipedia",
     "fiction_eltec_eng",
 )
-TASK_FILES = ("medquad_1_to_6", "squad2_16_articles", "rqe_train", "qulac", "in3_train", "medsafety_train", "halueval_qa")
+#: question set -> the fields its rows must have
+TASK_FILES = {
+    "medquad_1_to_6": {"focus", "synonyms", "sections"},
+    "squad2_16_articles": {"title", "context", "question", "is_impossible", "answers"},
+    "rqe_train": {"chq", "faq", "entails"},
+    "qulac": {"topic", "facet_desc", "question"},
+    "in3_train": {"task", "vague"},
+    "medsafety_train": {"harmful_medical_request"},
+    "halueval_qa": {"knowledge", "question", "right_answer", "hallucinated_answer"},
+}
 CHARS_PER_TOKEN = 4.0  # of the bundled tokenizer on English prose; only used to size exercises
 HELD_OUT_SQUAD_ARTICLES = 3
 STOP = frozenset(
@@ -56,8 +65,8 @@ class Exercise:
 class Corpus:
     """Public training text, split by document into what is trained on and what is only measured on.
 
-    `documents` and `held_out` map a source name to its documents; `paragraphs` are runs of sentences of the training
-    documents; `tasks` and `held_out_tasks` hold the rows of the question sets.
+    `documents` and `held_out` map a source name to its documents; `paragraphs` and `held_out_paragraphs` are runs of
+    sentences of these; `tasks` and `held_out_tasks` hold the rows of the question sets.
     """
 
     documents: dict[str, list[str]]
@@ -65,12 +74,13 @@ class Corpus:
     tasks: dict[str, list[dict[str, Any]]]
     held_out_tasks: dict[str, list[dict[str, Any]]]
     paragraphs: list[list[str]] = field(default_factory=list)
+    held_out_paragraphs: list[list[str]] = field(default_factory=list)
 
 
 def load_corpus(folder: Path, max_chars_per_source: int | None = None) -> Corpus:
     """Read and split the corpus. UserError, before any training, for a missing, truncated or wrongly encoded file."""
     texts = {name: _read_xz(folder / "pretrain" / f"{name}.txt.xz") for name in PRETRAIN_FILES}
-    tasks = {name: _json_rows(folder / "tasks" / f"{name}.jsonl.xz") for name in TASK_FILES}
+    tasks = {name: _json_rows(folder / "tasks" / f"{name}.jsonl.xz", fields) for name, fields in TASK_FILES.items()}
     held_tasks: dict[str, list[dict[str, Any]]] = {}
     titles = sorted({row["title"] for row in tasks["squad2_16_articles"]}, key=_hash)
     measured = set(titles[:HELD_OUT_SQUAD_ARTICLES])
@@ -92,9 +102,7 @@ def load_corpus(folder: Path, max_chars_per_source: int | None = None) -> Corpus
             lines, held_out[name] = _part(lines, lambda line: _hash(line[:400]) % 100 == 0)
         documents[name] = _head(lines, max_chars_per_source)
     corpus = Corpus(documents, held_out, tasks, held_tasks)
-    corpus.paragraphs = [
-        p for name, docs in documents.items() if not name.startswith("fiction") for doc in docs for p in _paragraphs(doc)
-    ]
+    corpus.paragraphs, corpus.held_out_paragraphs = _all_paragraphs(documents), _all_paragraphs(held_out)
     return corpus
 
 
@@ -103,7 +111,7 @@ class Exercises:
 
     def __init__(self, corpus: Corpus, held_out: bool = False) -> None:
         tasks = corpus.held_out_tasks if held_out else corpus.tasks
-        self.paragraphs = corpus.paragraphs
+        self.paragraphs = corpus.held_out_paragraphs if held_out else corpus.paragraphs
         self.squad = [row for row in tasks["squad2_16_articles"] if len(sentences(row["context"])) > 1]
         self.medquad = [row for row in tasks["medquad_1_to_6"] if len(row["sections"]) > 1]
         self.rqe = [row for row in corpus.tasks["rqe_train"] if len(row["chq"]) < 500]
@@ -352,6 +360,11 @@ def sentences(text: str) -> list[str]:
     return [_flat(p) for p in parts if 25 <= len(p) <= 320 and p.strip()[-1:] in ".!?"]
 
 
+def _all_paragraphs(documents: dict[str, list[str]]) -> list[list[str]]:
+    prose = [doc for name, docs in documents.items() if not name.startswith("fiction") for doc in docs]
+    return [paragraph for doc in prose for paragraph in _paragraphs(doc)]
+
+
 def _paragraphs(document: str, size: int = 8) -> list[list[str]]:
     found = sentences(document)
     return [run for i in range(0, len(found), size) if len(run := found[i : i + size]) >= 3]
@@ -442,12 +455,15 @@ def _read_xz(path: Path) -> str:
         raise UserError(f"corpus file is not UTF-8 (byte {error.start})", str(path), "Convert it to UTF-8") from None
 
 
-def _json_rows(path: Path) -> list[dict[str, Any]]:
+def _json_rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(_read_xz(path).split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 raise UserError("line is not JSON", f"{path}:{number}", "Fetch the file again") from None
+            if not isinstance(row, dict) or not fields <= set(row):
+                raise UserError(f"line lacks one of {sorted(fields)}", f"{path}:{number}", "Fetch the file again")
+            rows.append(row)
     return rows

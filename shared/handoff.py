@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -96,10 +97,14 @@ class Manifest(_Strict):
 def publish(manifest: Manifest, folders: dict[str, Path], models: Path, extra: Callable[[Path], None]) -> Path:
     """Copy the variants, write the manifest, verify the copy, rename it into place, then move `current`.
 
-    `extra` may add files (the model card) to the folder before it is renamed. Publishing the same version twice keeps the
-    first copy. Nothing visible changes when any step fails.
+    `extra` may add files (the model card) to the folder before it is renamed. A version is named by its content, so one that
+    is already there and verifies is kept. Nothing visible changes when any step fails.
     """
     final = models / manifest.version
+    if final.exists():
+        verify(final)
+        set_current(models, manifest.version)
+        return final
     aside = models / f".{manifest.version}.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -114,8 +119,6 @@ def publish(manifest: Manifest, folders: dict[str, Path], models: Path, extra: C
         write_text(aside / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
         extra(aside)
         verify(aside)
-        if final.exists():
-            shutil.rmtree(final)
         aside.rename(final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -165,7 +168,7 @@ def current(models: Path = MODELS) -> Path:
     except FileNotFoundError:
         raise UserError("no model has been published", str(models), "Run `make ml`") from None
     folder = models / version
-    if not version or folder.parent != models or not folder.is_dir():
+    if not re.fullmatch(r"\w[\w.-]*", version) or not folder.is_dir():
         raise UserError(f"current points to {version!r}, which does not exist", str(models / "current"), "Run `make ml`")
     return folder
 
@@ -180,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=["verify"])
     parser.add_argument("version", nargs="?", help="default: the current one")
     parser.add_argument("--models", type=Path, default=MODELS)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         folder = options.models / options.version if options.version else current(options.models)
         manifest = verify(folder)

@@ -23,7 +23,9 @@ class Estimate(BaseModel):
     n: int
 
     def __str__(self) -> str:
-        return "-" if self.value is None else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if self.value is None:
+            return "-"
+        return f"{self.value:.3f}" + (f" [{self.low:.3f}, {self.high:.3f}]" if self.low is not None else "")
 
 
 def estimate(rows: Sequence[Any], statistic: Callable[[Sequence[Any]], float], resamples: int, seed: int) -> Estimate:
