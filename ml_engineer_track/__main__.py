@@ -37,7 +37,7 @@ def curate(preset: Preset = None, model: Model = None) -> None:
     """Check and clean the data sets and lay out training rows."""
     from ml_engineer_track import pipeline as p
 
-    with p.stages(load_settings(preset, model=model)) as stages:
+    with p.locked_stages(load_settings(preset, model=model)) as stages:
         print(json.dumps(asdict(p.curate_stage(stages)), indent=2, default=str))
 
 
@@ -46,7 +46,7 @@ def finetune(preset: Preset = None, model: Model = None, method: Method = None) 
     """Train a LoRA adapter on the curated rows."""
     from ml_engineer_track import pipeline as p
 
-    with p.stages(load_settings(preset, model=model, method=method)) as stages:
+    with p.locked_stages(load_settings(preset, model=model, method=method)) as stages:
         tuned = p.finetune_stage(stages, p.curate_stage(stages))
     print(f"adapter: {tuned.adapter}")
 
@@ -56,7 +56,7 @@ def quantize(preset: Preset = None, model: Model = None, method: Method = None) 
     """Merge the adapter and store the model in fewer bits."""
     from ml_engineer_track import pipeline as p
 
-    with p.stages(load_settings(preset, model=model, method=method)) as stages:
+    with p.locked_stages(load_settings(preset, model=model, method=method)) as stages:
         variants = p.quantize_stage(stages, p.finetune_stage(stages, p.curate_stage(stages)))
     print(json.dumps(variants.folders, indent=2))
 
@@ -71,7 +71,7 @@ def evaluate(preset: Preset = None, path: Annotated[str, typer.Option(help="mode
     settings = load_settings(preset)
     path = path or settings.model_path
     check_model_path(path)
-    with p.stages(settings) as stages:
+    with p.locked_stages(settings) as stages:
         data = p.curate_stage(stages)
     scores = e.evaluate(settings, data, load_model(path), load_tokenizer(path), path)
     print(json.dumps({key: figure.model_dump() for key, figure in scores.figures.items()}, indent=2))

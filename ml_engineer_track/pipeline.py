@@ -40,37 +40,39 @@ CONTRACT = (ROOT / "shared" / "chat.py", ROOT / "shared" / "library.py")
 
 def run(settings: Settings) -> Published:
     """All stages in order. Returns what was published; the report lies in `artifacts/reports/`."""
-    with stages(settings) as s:
-        data = curate_stage(s)
-        tuned = finetune_stage(s, data)
-        variants = quantize_stage(s, tuned)
-        scores = evaluate_stage(s, data, variants)
-        figures = benchmark_stage(s, data, variants)
-        published = publish_stage(s, data, tuned, variants, scores, figures)
+    with locked_stages(settings) as stages:
+        data = curate_stage(stages)
+        tuned = finetune_stage(stages, data)
+        variants = quantize_stage(stages, tuned)
+        scores = evaluate_stage(stages, data, variants)
+        figures = benchmark_stage(stages, data, variants)
+        published = publish_stage(stages, data, tuned, variants, scores, figures)
         set_current(settings.artifacts / "models", published.version)  # also after a skip: another preset may have moved it
-        report.write(report.Run(settings, data, tuned, variants, scores, figures, published, s.seconds))
+        report.write(report.Run(settings, data, tuned, variants, scores, figures, published, stages.seconds))
     return published
 
 
-def curate_stage(run: Stages) -> CuratedData:
-    s = run.settings
+def curate_stage(stages: Stages) -> CuratedData:
+    s = stages.settings
     inputs = [s.datasets, *_tokenizer_files(s)]
-    return run.run("curate", CuratedData, lambda: curate(s), inputs, ("curate.py", "reading.py"), [s.curate.model_dump(), s.seed])
+    return stages.run(
+        "curate", CuratedData, lambda: curate(s), inputs, ("curate.py", "reading.py"), [s.curate.model_dump(), s.seed]
+    )
 
 
-def finetune_stage(run: Stages, data: CuratedData) -> Tuned:
-    s = run.settings
+def finetune_stage(stages: Stages, data: CuratedData) -> Tuned:
+    s = stages.settings
     options = [s.finetune.model_dump(), s.seed, s.model]
-    return run.run("finetune", Tuned, lambda: finetune(s, data), _weights(s), ("finetune.py", "models.py"), options)
+    return stages.run("finetune", Tuned, lambda: finetune(s, data), _weights(s), ("finetune.py", "models.py"), options)
 
 
-def quantize_stage(run: Stages, tuned: Tuned) -> Variants:
-    s = run.settings
-    return run.run("quantize", Variants, lambda: quantize(s, tuned), [], ("quantize.py",), s.quantize.model_dump())
+def quantize_stage(stages: Stages, tuned: Tuned) -> Variants:
+    s = stages.settings
+    return stages.run("quantize", Variants, lambda: quantize(s, tuned), [], ("quantize.py",), s.quantize.model_dump())
 
 
-def evaluate_stage(run: Stages, data: CuratedData, variants: Variants) -> dict[str, Scores]:
-    s = run.settings
+def evaluate_stage(stages: Stages, data: CuratedData, variants: Variants) -> dict[str, Scores]:
+    s = stages.settings
 
     def ask_all() -> dict[str, Scores]:
         paths = {"base": s.model_path, **variants.folders}
@@ -78,26 +80,28 @@ def evaluate_stage(run: Stages, data: CuratedData, variants: Variants) -> dict[s
         return {name: evaluate(s, data, load_model(path), tokenizer, name) for name, path in paths.items()}
 
     code = ("evaluate.py", "generate.py", "models.py")
-    return run.run("evaluate", dict[str, Scores], ask_all, [], code, s.evaluate.model_dump())
+    return stages.run("evaluate", dict[str, Scores], ask_all, [], code, s.evaluate.model_dump())
 
 
-def benchmark_stage(run: Stages, data: CuratedData, variants: Variants) -> dict[str, Any]:
-    s = run.settings
+def benchmark_stage(stages: Stages, data: CuratedData, variants: Variants) -> dict[str, Any]:
+    s = stages.settings
 
     def measure_all() -> dict[str, Any]:
         figures = benchmark(s, {"base": s.model_path, **variants.folders})
         return {**figures, "training": training_throughput(s, data)}
 
     code = ("benchmark.py", "benchmark_training.py", "finetune.py")
-    return run.run("benchmark", dict[str, Any], measure_all, [], code, s.benchmark.model_dump())
+    return stages.run("benchmark", dict[str, Any], measure_all, [], code, s.benchmark.model_dump())
 
 
 def publish_stage(
-    run: Stages, data: CuratedData, tuned: Tuned, variants: Variants, scores: dict[str, Scores], figures: dict[str, Any]
+    stages: Stages, data: CuratedData, tuned: Tuned, variants: Variants, scores: dict[str, Scores], figures: dict[str, Any]
 ) -> Published:
-    s = run.settings
+    s = stages.settings
     inputs = [ROOT / "shared" / "handoff.py"]
-    return run.run("publish", Published, lambda: publish(s, data, tuned, variants, scores, figures), inputs, ("publish.py",), {})
+    return stages.run(
+        "publish", Published, lambda: publish(s, data, tuned, variants, scores, figures), inputs, ("publish.py",), {}
+    )
 
 
 #: what each stage says when it is done: what it did, and why an engineer does it
@@ -178,7 +182,7 @@ class Stages:
 
 
 @contextmanager
-def stages(settings: Settings) -> Iterator[Stages]:
+def locked_stages(settings: Settings) -> Iterator[Stages]:
     """The stages of a run, locked: two runs in one working folder would overwrite each other, so the second is refused."""
     check_model_path(settings.model_path)
     work = settings.work
