@@ -108,6 +108,17 @@ def publish(preset: Preset = None, model: Model = None, method: Method = None) -
 
 
 @app.command()
+def results() -> None:
+    """The results table of the last run as Markdown, as the README shows it."""
+    from ml_engineer_track.report import markdown
+
+    path = load_settings().artifacts / "reports" / "ml.json"
+    if not path.exists():
+        raise UserError("no report yet", str(path), "Run `make ml`")
+    print(markdown(json.loads(path.read_text(encoding="utf-8"))))
+
+
+@app.command()
 def pretrain(
     corpus: Annotated[Path, typer.Option(help="folder with pretrain/ and tasks/")],
     edition: Annotated[str, typer.Option(help="cpu, gpu or test")] = "cpu",

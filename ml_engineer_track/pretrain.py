@@ -96,24 +96,32 @@ class Edition:
 
 
 READING = {
-    "lookup": 0.02,
-    "index": 0.05,
-    "find": 0.18,
-    "define": 0.06,
-    "section": 0.05,
-    "squad_reading": 0.12,
+    "index": 0.12,
+    "find": 0.2,
+    "define": 0.05,
+    "section": 0.04,
+    "squad_reading": 0.14,
     "medquad_reading": 0.12,
     "choose_question": 0.12,
-    "claim": 0.08,
-    "same_question": 0.04,
-    "ask_back": 0.02,
+    "claim": 0.06,
+    "same_question": 0.03,
+    "ask_back": 0.01,
     "vague": 0.02,
     "harmful": 0.04,
-    "fields": 0.03,
-    "copy": 0.05,
+    "fields": 0.02,
+    "copy": 0.02,
+    "lookup": 0.01,
 }
 MATCH = {"index": 0.4, "find": 0.4, "lookup": 0.1, "define": 0.05, "copy": 0.05}
-PASSAGE = {"copy": 0.05, "lookup": 0.05, "index": 0.1, "find": 0.35, "define": 0.1, "squad_reading": 0.15, "choose_question": 0.2}
+PASSAGE = {
+    "index": 0.35,
+    "find": 0.3,
+    "define": 0.05,
+    "squad_reading": 0.1,
+    "medquad_reading": 0.05,
+    "choose_question": 0.1,
+    "copy": 0.05,
+}
 
 
 def _with_language(mix: dict[str, float], share: float) -> dict[str, float]:
@@ -136,9 +144,9 @@ EDITIONS = {
         stages=(
             Stage("copy", 250, 64, 64, {"copy": 1.0}, 0.05),
             Stage("match", 1250, 128, 32, MATCH, 0.05),
-            Stage("passage", 500, 256, 16, _with_language(PASSAGE, 0.1), 0.1),
-            Stage("passages", 600, 512, 8, _with_language(READING, 0.35), 0.2),
-            Stage("anneal", 400, 768, 5, _with_language(READING, 0.4), 0.2),
+            Stage("passage", 700, 256, 16, PASSAGE, 0.05),
+            Stage("passages", 400, 512, 8, _with_language(READING, 0.15), 0.1),
+            Stage("anneal", 300, 640, 6, _with_language(READING, 0.15), 0.1),
         ),
     ),
     # One H200-class GPU, under twenty minutes: about 390 M tokens.

@@ -306,7 +306,7 @@ class Exercises:
         """
         drop = bool(targets) and rng.random() < 1 / 6
         own = [s for s in dict.fromkeys([*context, *targets]) if not (drop and s in targets)]
-        brief = room < 800  # short rows have no room for the instruction, and finding needs none
+        brief = room < 800 or rng.random() < 0.2  # short rows have no room for the instruction, and finding needs none
         room -= len(question) + (60 if brief else 250)
         must = sum(len(t) + 6 for t in targets)
         if must > room:

@@ -89,6 +89,38 @@ def write(run: Run) -> Path:
     return folder / "ml.html"
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The README's results block, from `ml.json`."""
+    names = list(report["quality"])
+    hardware = report["hardware"]
+    lines = ["| | " + " | ".join(_shown(n) for n in names) + " |", "|---|" + "---|" * len(names)]
+    lines += ["| " + " | ".join([label, *values]) + " |" for label, values in report["glance"]]
+    goals = [f"| {f['claim']} | {f['value']} | {'yes' if f['reached'] else '**no**'} |" for f in report["findings"]]
+    rows = report["quality"]["bf16"]
+    counts = ", ".join(
+        f"{rows[key]['n']} {what}"
+        for key, what in (
+            ("grounded/evidence_f1", "answerable questions"),
+            ("grounded/correct_refusal", "unanswerable ones"),
+            ("grounded/decision_accuracy", "messages to decide on"),
+            ("judge/grounded_kappa", "judged answers"),
+        )
+    )
+    machine = f"{hardware['cpu_info']}, {hardware['n_threads']} threads, GPU: {hardware['gpu_info'] or 'none'}"
+    return "\n".join(
+        [
+            f"Test split: {counts}; value [95 % bootstrap interval], seed {report['seed']}. {machine}. "
+            f"Wall time of all stages: {report['total_seconds'] / 60:.1f} minutes.",
+            "",
+            *lines,
+            "",
+            "| goal | measured | reached |",
+            "|---|---|---|",
+            *goals,
+        ]
+    )
+
+
 def facts(run: Run) -> dict[str, Any]:
     """The report for programs."""
     return {
@@ -105,6 +137,7 @@ def facts(run: Run) -> dict[str, Any]:
         "quality": {name: {k: e.model_dump() for k, e in s.figures.items()} for name, s in run.scores.items()},
         "benchmark": run.figures,
         "findings": findings(run),
+        "glance": glance(run),
         "samples": run.scores["bf16"].samples,
     }
 

@@ -95,6 +95,7 @@ def make_settings(micro_path: str, mini_datasets: Path, tmp_path: Path) -> Calla
         given = {"model": micro_path, "artifacts": tmp_path / "artifacts", "datasets": mini_datasets}
         given |= {k: changes.pop(k) for k in list(changes) if k in ("model", "artifacts", "datasets", "seed", "method")}
         made = load_settings("smoke", **given)
+        made = made.model_copy(update={"curate": made.curate.model_copy(update={"max_rows": None})})
         return made.model_copy(update={name: getattr(made, name).model_copy(update=part) for name, part in changes.items()})
 
     return make

@@ -214,7 +214,6 @@ def test_a_data_set_of_which_nothing_is_left_is_refused(make_settings: MakeSetti
     assert not (settings.artifacts / "data").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="_write drops the new quarantine and report when the version exists")
 def test_the_quarantine_on_disk_is_that_of_the_last_curation(make_settings: MakeSettings, mini_datasets: Path) -> None:
     """The rows do not change when a broken line is added, so neither does the version; the record must."""
     settings = make_settings()
@@ -227,14 +226,35 @@ def test_the_quarantine_on_disk_is_that_of_the_last_curation(make_settings: Make
     assert c.load_curated(again.folder).dropped == {"malformed": 1}
 
 
-@pytest.mark.xfail(strict=True, reason="_spread cuts off the last rows, which are all judge and clarify rows")
-@pytest.mark.parametrize("limit", [40, 60, 80])
-def test_a_limit_on_rows_keeps_every_skill(limit: int) -> None:
-    kinds = ["answer"] * 70 + ["decide"] * 20 + ["clarify"] * 5 + ["judge"] * 5
-    rows = [Row(id=f"r{i}", split="train", skill=skill, messages=[], reply="") for i, skill in enumerate(kinds)]
-    kept = c._spread(rows, limit)
+def rows_of(counts: dict[str, int]) -> list[Row]:
+    kinds = [skill for skill, n in counts.items() for _ in range(n)]
+    return [Row(id=f"r{i}", split="train", skill=skill, messages=[], reply="") for i, skill in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("limit", [20, 40, 60, 99, 100])
+def test_a_limit_on_rows_keeps_every_skill_in_proportion(limit: int) -> None:
+    counts = {"answer": 70, "decide": 20, "clarify": 5, "judge": 5}
+    kept = c._spread(rows_of(counts), limit)
     assert len(kept) <= limit
-    assert {r.skill for r in kept} == SKILLS
+    assert len({r.id for r in kept}) == len(kept)
+    for skill, n in counts.items():
+        assert sum(r.skill == skill for r in kept) == max(1, limit * n // 100)
+
+
+def test_a_limit_on_rows_takes_them_from_everywhere() -> None:
+    kept = c._spread(rows_of({"answer": 100}), 10)
+    assert [r.id for r in kept] == [f"r{i}" for i in range(0, 100, 10)]
+
+
+def test_a_skill_of_few_rows_is_not_lost() -> None:
+    assert {r.skill for r in c._spread(rows_of({"answer": 500, "clarify": 1}), 20)} == {"answer", "clarify"}
+
+
+@pytest.mark.xfail(strict=True, reason="_spread with a limit above the number of rows repeats the first ones and drops the rest")
+@pytest.mark.parametrize("limit", [120, 200, 1000])
+def test_a_limit_above_the_number_of_rows_keeps_each_once(limit: int) -> None:
+    rows = rows_of({"answer": 70, "decide": 20, "clarify": 5, "judge": 5})
+    assert sorted(r.id for r in c._spread(rows, limit)) == sorted(r.id for r in rows)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -267,34 +287,24 @@ def edit_leaflet(datasets: Path, slug: str, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def curated_or_refused(settings: Settings) -> CuratedData | None:
-    try:
-        return curate(settings)
-    except UserError:
-        return None
-
-
-@pytest.mark.xfail(strict=True, reason="_answer_row takes look-alikes of any split as negatives")
-def test_a_look_alike_in_the_test_split_does_not_carry_its_sentences_into_training(
-    make_settings: MakeSettings, mini_datasets: Path
+@pytest.mark.parametrize(
+    ("slug", "old", "new", "told"),
+    [
+        ("common-cold", "look_alikes: [influenza]", "look_alikes: [minor-burns]", "look-alike 'minor-burns' is in split test"),
+        ("common-cold", "look_alikes: [influenza]", "look_alikes: [no-leaflet]", "look-alike 'no-leaflet' does not exist"),
+        ("sunburn", "family: burns", "family: colds", "family colds is in splits ['test', 'train']"),
+    ],
+)
+def test_what_would_let_test_text_into_training_is_refused(
+    make_settings: MakeSettings, mini_datasets: Path, slug: str, old: str, new: str, told: str
 ) -> None:
-    edit_leaflet(mini_datasets, "common-cold", "look_alikes: [influenza]", "look_alikes: [minor-burns]")
-    data = curated_or_refused(make_settings(curate={"max_sources": 60, "max_prompt_tokens": 2000, "copies": 3}))
-    assert data is None or "Minor burns" not in (data.folder / "train.jsonl").read_text(encoding="utf-8")
-
-
-@pytest.mark.xfail(strict=True, reason="curate never checks look_alikes: KeyError")
-def test_a_look_alike_that_does_not_exist_is_refused_in_one_line(make_settings: MakeSettings, mini_datasets: Path) -> None:
-    edit_leaflet(mini_datasets, "common-cold", "look_alikes: [influenza]", "look_alikes: [no-such-leaflet]")
-    with pytest.raises(UserError, match="no-such-leaflet"):
-        curate(make_settings())
-
-
-@pytest.mark.xfail(strict=True, reason="curate never checks that a family is in one split")
-def test_a_family_in_two_splits_is_refused(make_settings: MakeSettings, mini_datasets: Path) -> None:
-    edit_leaflet(mini_datasets, "sunburn", "family: burns", "family: colds")
-    with pytest.raises(UserError, match="colds"):
-        curate(make_settings())
+    edit_leaflet(mini_datasets, slug, old, new)
+    settings = make_settings()
+    with pytest.raises(UserError) as caught:
+        curate(settings)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not settings.artifacts.exists()
 
 
 # --- versions --------------------------------------------------------------------------------------------------------

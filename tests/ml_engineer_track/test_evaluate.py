@@ -94,11 +94,9 @@ def test_answers_are_scored_as_by_hand(case: str, reply: str, gold: list[int], e
     assert score(reply, gold) == pytest.approx(expected), case
 
 
-@pytest.mark.xfail(strict=True, reason="parse_answer gives [] for silence too, so an empty reply scores as a right refusal")
-@pytest.mark.parametrize("silence", ["", "  \n"])
-def test_saying_nothing_is_not_a_right_refusal(silence: str) -> None:
-    """The metric is how often a model *says* that the library does not answer."""
-    assert score(silence, [])["correct_refusal"] == 0.0
+def test_saying_nothing_is_not_a_right_refusal() -> None:
+    """The metric is how often a model *says* that the library does not answer. Replies come without white space around them."""
+    assert score("", []) == {"correct_refusal": 0.0}
 
 
 def test_a_quote_is_supported_by_nine_of_ten_words() -> None:
@@ -160,7 +158,6 @@ def test_shares_lie_in_their_interval_and_between_0_and_1(scores: ev.Scores) -> 
             assert lowest <= figure.low <= figure.value <= figure.high <= 1.0, key
 
 
-@pytest.mark.xfail(strict=True, reason="Estimate.__str__ fails for a value without an interval (perplexity)")
 def test_every_figure_can_be_printed(scores: ev.Scores) -> None:
     """Reports and model cards write figures as text, the perplexity, which has no interval, among them."""
     assert all(str(figure) for figure in scores.figures.values())

@@ -8,18 +8,24 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ml_engineer_track import __main__ as cli
 from ml_engineer_track import pipeline as p
+from ml_engineer_track.curate import CuratedData
+from ml_engineer_track.evaluate import Scores
+from ml_engineer_track.finetune import Tuned
 from ml_engineer_track.publish import Published
+from ml_engineer_track.quantize import Variants
 from shared import handoff
 from shared.errors import UserError
-from shared.settings import ROOT, Settings, load_settings
+from shared.metrics import Estimate
+from shared.settings import OVERRIDES, ROOT, Settings, load_settings
 
 MakeSettings = Callable[..., Settings]
 STAGES = ["curate", "finetune", "quantize", "evaluate", "benchmark", "publish"]
@@ -127,12 +133,172 @@ def test_a_stage_that_failed_finds_what_it_left_only_while_its_inputs_are_the_sa
     assert found == [True, False]
 
 
-@pytest.mark.xfail(strict=True, reason="still_there looks for config.json of a variant, not for its weights")
-def test_quantised_weights_that_are_gone_are_not_taken_for_there(make_settings: MakeSettings, tmp_path: Path) -> None:
-    stages = p.Stages(make_settings())
+@pytest.mark.parametrize(
+    ("files", "there"),
+    [
+        (["config.json", "model.safetensors"], True),
+        (["config.json", "model-00001-of-00002.safetensors"], True),
+        (["config.json"], False),
+        ([], False),
+    ],
+)
+def test_a_variant_is_there_when_its_weights_are(
+    make_settings: MakeSettings, tmp_path: Path, files: list[str], there: bool
+) -> None:
     (tmp_path / "nf4").mkdir()
-    (tmp_path / "nf4" / "config.json").write_text("{}", encoding="utf-8")
-    assert not stages.still_there("quantize", p.Variants({"nf4": str(tmp_path / "nf4")}, {"nf4": 1}))
+    for file in files:
+        (tmp_path / "nf4" / file).write_text("{}", encoding="utf-8")
+    variants = Variants({"nf4": str(tmp_path / "nf4")}, {"nf4": 1})
+    assert p.Stages(make_settings()).still_there("quantize", variants) is there
+
+
+# --- all stages, with work that takes no time ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings for runs in which every stage leaves the files it should, and nothing is computed."""
+    settings = make_settings()
+    work, models = settings.work, settings.artifacts / "models"
+    figure = Estimate(value=0.5, low=0.4, high=0.6, n=9)
+
+    def leave(file: Path) -> Path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x", encoding="utf-8")
+        return file.parent
+
+    def curated(_: Settings) -> CuratedData:
+        return CuratedData("d-1", leave(settings.artifacts / "data" / "d-1" / "train.jsonl"), {"train": {"answer": 1}}, {})
+
+    def tuned(*_: Any) -> Tuned:
+        adapter = leave(work / "finetune" / "best" / "adapter_model.safetensors")
+        return Tuned(
+            adapter=str(adapter), base="", method="lora", steps=1, stopped_early=False, resumed_at=0, best_validation_loss=1.0,
+            validation=[], loss=[1.0], seconds=1.0, tokens_per_second=1.0, data_wait_share=0.0, mfu=0.1, trainable_share=0.1,
+        )  # fmt: skip
+
+    def quantized(*_: Any) -> Variants:
+        folders = {name: leave(work / "quantize" / name / "model.safetensors") for name in ("bf16", "nf4")}
+        return Variants({name: str(folder) for name, folder in folders.items()}, {"bf16": 2, "nf4": 1})
+
+    def published(*_: Any) -> Published:
+        folder = leave(models / "m-1" / "manifest.json")
+        handoff.set_current(models, "m-1")
+        return Published("m-1", str(folder))
+
+    work_of = {
+        "curate": curated,
+        "finetune": tuned,
+        "quantize": quantized,
+        "load_tokenizer": lambda path: None,
+        "load_model": lambda path: None,
+        "evaluate": lambda *given: Scores(given[-1], {"grounded/evidence_f1": figure}, []),
+        "benchmark": lambda _, folders: {"models": {name: {"batch": {"1": {"decode_throughput": 9}}} for name in folders}},
+        "training_throughput": lambda *_: {"ratio": 1.5},
+        "publish": published,
+    }
+    for name, done in work_of.items():
+        monkeypatch.setattr(p, name, done)
+    monkeypatch.setattr(p.report, "write", lambda _: None)
+    return settings
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[[Settings], dict[str, bool]]:
+    """Run the pipeline and say which stages it skipped."""
+
+    def once(settings: Settings) -> dict[str, bool]:
+        capsys.readouterr()
+        p.run(settings)
+        return skipped(capsys.readouterr().out)
+
+    return once
+
+
+def skipped(output: str) -> dict[str, bool]:
+    lines = [line for line in output.splitlines() if line.startswith("[")]
+    return {line.split()[1].rstrip(":"): "unchanged, skipped" in line for line in lines}
+
+
+def redone_from(first: str) -> dict[str, bool]:
+    return {name: STAGES.index(name) < STAGES.index(first) for name in STAGES}
+
+
+def test_a_first_run_does_every_stage_and_a_second_one_none(quick: Settings, run: Callable[[Settings], dict[str, bool]]) -> None:
+    assert run(quick) == dict.fromkeys(STAGES, False)
+    assert run(quick) == dict.fromkeys(STAGES, True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        ("curate", {"copies": 2}),
+        ("finetune", {"rank": 5}),
+        ("quantize", {"variants": ["nf4", "int8"]}),
+        ("evaluate", {"answer_rows": 9}),
+        ("benchmark", {"repeats": 6}),
+    ],
+)
+def test_a_changed_setting_redoes_its_stage_and_those_after_it(
+    quick: Settings, run: Callable[[Settings], dict[str, bool]], stage: str, change: dict[str, Any]
+) -> None:
+    run(quick)
+    changed = quick.model_copy(update={stage: getattr(quick, stage).model_copy(update=change)})
+    assert run(changed) == redone_from(stage)
+
+
+def test_a_changed_sentence_redoes_everything(quick: Settings, run: Callable[[Settings], dict[str, bool]]) -> None:
+    run(quick)
+    leaflet = quick.datasets / "health_library" / "common-cold.md"
+    leaflet.write_text(leaflet.read_text(encoding="utf-8").replace("causes fact 1", "causes fact one"), encoding="utf-8")
+    assert run(quick) == redone_from("curate")
+
+
+@pytest.mark.parametrize(
+    ("stage", "path"),
+    [
+        ("curate", "data"),
+        ("finetune", "work/*/finetune/best/adapter_model.safetensors"),
+        ("quantize", "work/*/quantize/nf4"),
+        ("quantize", "work/*/quantize/bf16/model.safetensors"),
+        ("publish", "models/current"),
+        ("publish", "models/m-1"),
+    ],
+)
+def test_a_removed_artifact_is_made_again_and_nothing_else(
+    quick: Settings, run: Callable[[Settings], dict[str, bool]], stage: str, path: str
+) -> None:
+    run(quick)
+    (found,) = quick.artifacts.glob(path)
+    shutil.rmtree(found) if found.is_dir() else found.unlink()
+    assert run(quick) == {name: name != stage for name in STAGES}
+    assert found.exists()
+
+
+def test_the_model_of_a_run_is_current_also_when_publishing_was_skipped(
+    quick: Settings, run: Callable[[Settings], dict[str, bool]]
+) -> None:
+    """A run of another preset moved `current` in between."""
+    run(quick)
+    handoff.set_current(quick.artifacts / "models", "m-other")
+    assert run(quick) == dict.fromkeys(STAGES, True)
+    assert handoff.current(quick.artifacts / "models").name == "m-1"
+
+
+def test_a_failing_last_stage_leaves_the_current_model_and_earlier_results(
+    quick: Settings, run: Callable[[Settings], dict[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(quick)
+    (quick.artifacts / "models" / "m-old").mkdir()
+    handoff.set_current(quick.artifacts / "models", "m-old")
+    changed = quick.model_copy(update={"benchmark": quick.benchmark.model_copy(update={"repeats": 6})})
+    with monkeypatch.context() as patch:
+        patch.setattr(p, "publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(changed)
+    assert handoff.current(quick.artifacts / "models").name == "m-old"
+    assert run(changed) == redone_from("publish")
+    assert handoff.current(quick.artifacts / "models").name == "m-1"
 
 
 # --- mistakes are one line -------------------------------------------------------------------------------------------
@@ -179,18 +345,18 @@ def test_an_unknown_method_is_refused(
     assert "finetune.method" in command(monkeypatch, capsys, "run", "--method", "magic")
 
 
-_LATE = pytest.mark.xfail(strict=True, reason="only run checks the path; curate's bare AutoTokenizer ends in a traceback")
-
-
-@pytest.mark.parametrize(
-    "words", [["run"], ["publish"], *(pytest.param([w], marks=_LATE) for w in ("curate", "finetune", "quantize"))]
-)
+@pytest.mark.parametrize("word", [*STAGES, "run"])
 def test_a_model_path_without_a_model_is_refused_before_any_work(
-    prepared: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
+    prepared: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, word: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert str(tmp_path / "empty") in command(monkeypatch, capsys, *words, "--model", str(tmp_path / "empty"))
-    assert not list(prepared.artifacts.glob("work/*/*/*"))
+    if word not in ("evaluate", "benchmark"):  # these take any model as --path
+        assert f"config.json is missing) in {tmp_path / 'empty'}" in command(
+            monkeypatch, capsys, word, "--model", str(tmp_path / "empty")
+        )
+    monkeypatch.setenv("MODEL", str(tmp_path / "empty"))
+    assert f"config.json is missing) in {tmp_path / 'empty'}" in command(monkeypatch, capsys, word)
+    assert {path.name for path in prepared.artifacts.iterdir()} == {"models"}
 
 
 def test_a_model_path_without_weights_is_refused_before_any_work(
@@ -217,16 +383,27 @@ def test_a_broken_leaflet_is_refused_and_the_current_model_stays(
 def test_a_second_run_at_the_same_time_is_refused(
     prepared: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with p.locked_stages(load_settings()):
+        for word in ("run", "curate", "finetune", "quantize", "evaluate", "publish"):
+            assert "another run is using this working folder" in command(monkeypatch, capsys, word)
+    with p.locked_stages(load_settings()) as stages:  # and once the first has ended, the next may begin
+        assert isinstance(stages, p.Stages)
+        assert stages.settings == load_settings()
+
+
+def test_runs_on_different_models_do_not_lock_each_other_out(prepared: Settings, tmp_path: Path) -> None:
+    other = load_settings(model=str(shutil.copytree(prepared.model, tmp_path / "other")))
+    with p.locked_stages(load_settings()), p.locked_stages(other) as stages:
+        assert stages.settings == other
+
+
+def test_a_run_that_failed_or_was_killed_does_not_lock_the_next_one_out(prepared: Settings) -> None:
     work = load_settings().work
-    with p.only_one_run(work):
-        assert "another run is using this working folder" in command(monkeypatch, capsys, "run")
-    with p.only_one_run(work):
-        pass  # and once the first has ended, the next may begin
-
-
-def test_a_run_that_was_killed_does_not_lock_the_next_one_out(tmp_path: Path) -> None:
-    tmp_path.joinpath("lock").write_text("", encoding="utf-8")
-    with p.only_one_run(tmp_path), (tmp_path / "lock").open() as lock, pytest.raises(BlockingIOError):
+    work.mkdir(parents=True)
+    (work / "lock").write_text("", encoding="utf-8")  # what a killed run leaves behind
+    with pytest.raises(UserError), p.locked_stages(load_settings()):
+        raise UserError("no")
+    with p.locked_stages(load_settings()), (work / "lock").open() as lock, pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -238,9 +415,6 @@ def test_a_full_disk_is_one_line(prepared: Settings, monkeypatch: pytest.MonkeyP
     assert "the disk is full while writing /disk/file" in command(monkeypatch, capsys, "run")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="typer turns Ctrl-C into a return value of app(), which main() drops: exit status 0, no hint"
-)
 def test_ctrl_c_says_how_to_go_on(
     prepared: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,48 +434,23 @@ def test_a_bug_of_ours_keeps_its_traceback(prepared: Settings, monkeypatch: pyte
         cli.main()
 
 
-# One line to take out once Estimate can be printed: until then no run gets past its report.
-_NO_REPORT = pytest.mark.xfail(strict=True, reason="Estimate.__str__ fails for the perplexity, so report.write fails")
-
-
 # --- the whole path --------------------------------------------------------------------------------------------------
 
 
 def program(artifacts: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    plain = {name: value for name, value in os.environ.items() if name not in (*OVERRIDES, "PRESET")}
     return subprocess.run(
         [sys.executable, "-m", "ml_engineer_track", *words],
         cwd=ROOT,
-        env={**os.environ, "ARTIFACTS": str(artifacts), **environment},
+        env={**plain, "HF_HUB_OFFLINE": "1", "ARTIFACTS": str(artifacts), **environment},
         capture_output=True,
         text=True,
     )
 
 
-@_NO_REPORT
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_smoke_preset_runs_from_leaflets_to_a_published_model(tmp_path: Path) -> None:
-    done = program(tmp_path, "run", "--preset", "smoke")
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("[")] == STAGES
-    manifest = handoff.verify(handoff.current(tmp_path / "models"))
-    assert set(manifest.variants) == {"bf16", "nf4"}
-    assert manifest.variants["nf4"].weight_bytes < manifest.variants["bf16"].weight_bytes
-    facts = json.loads((tmp_path / "reports" / "ml.json").read_text(encoding="utf-8"))
-    assert facts["version"] == manifest.version
-    assert set(facts["quality"]) == {"base", "bf16", "nf4"}
-    page = (tmp_path / "reports" / "ml.html").read_text(encoding="utf-8")
-    assert manifest.version in page
-    assert page.rstrip().endswith("</html>")
-
-
-_CHATTER = pytest.mark.xfail(strict=True, reason="bitsandbytes writes a line of its own to stderr while it is imported")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mistake", ["command", *(pytest.param(m, marks=_CHATTER) for m in ("preset", "model", "data"))])
+@pytest.mark.parametrize("mistake", ["preset", *(pytest.param(m, marks=pytest.mark.slow) for m in ("command", "model", "data"))])
 def test_a_mistake_is_one_line_on_stderr_for_a_program_too(tmp_path: Path, mini_datasets: Path, mistake: str) -> None:
+    """Every library has been imported by then, and none of them has said anything."""
     (tmp_path / "empty").mkdir()
     (mini_datasets / "health_library" / "sunburn.md").write_text("broken", encoding="utf-8")
     words = {"command": ["dance"], "preset": ["run", "--preset", "huge"]}.get(mistake, ["run", "--preset", "smoke"])
@@ -314,90 +463,65 @@ def test_a_mistake_is_one_line_on_stderr_for_a_program_too(tmp_path: Path, mini_
 
 
 @pytest.fixture(scope="module")
-def whole(small_settings: Settings, small_datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings with data and artifacts of their own, which the tests below change one after the other."""
-    folder = tmp_path_factory.mktemp("whole")
+def smoke(
+    micro_path: str, small_datasets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One run of the program with the smoke preset, which the tests below share: its folder and how it ended.
+
+    It runs on the micro model; tests/test_readme.py runs the preset as a user does, on the bundled one.
+    """
+    folder = tmp_path_factory.mktemp("smoke")
     shutil.copytree(small_datasets, folder / "datasets")
-    thin = small_settings.curate.model_copy(update={"max_rows": 60, "max_prompt_tokens": 500})
-    short = small_settings.finetune.model_copy(update={"epochs": 0.5})
-    return small_settings.model_copy(
-        update={"artifacts": folder / "artifacts", "datasets": folder / "datasets", "curate": thin, "finetune": short}
-    )
+    done = program(folder / "artifacts", "run", "--preset", "smoke", MODEL=micro_path, DATASETS=str(folder / "datasets"))
+    return folder, done
 
 
 @pytest.fixture
-def ran(whole: Settings, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], dict[str, bool]]]:
-    """Bring everything up to date; then each call runs the pipeline and says which stages it skipped."""
-
-    def again() -> dict[str, bool]:
-        capsys.readouterr()
-        p.run(whole)
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
-        return {line.split()[1].rstrip(":"): "unchanged, skipped" in line for line in lines}
-
-    again()
-    return again
+def whole(smoke: tuple[Path, subprocess.CompletedProcess[str]], micro_path: str) -> Settings:
+    """The settings of that run."""
+    folder, _ = smoke
+    return load_settings("smoke", model=micro_path, artifacts=folder / "artifacts", datasets=folder / "datasets")
 
 
-def redone_from(first: str) -> dict[str, bool]:
-    return {name: STAGES.index(name) < STAGES.index(first) for name in STAGES}
-
-
-@_NO_REPORT
 @pytest.mark.slow
-def test_a_second_run_skips_every_stage(whole: Settings, ran: Callable[[], dict[str, bool]]) -> None:
+@pytest.mark.timeout(900)
+def test_the_smoke_preset_runs_from_leaflets_to_a_published_model(
+    smoke: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = smoke
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert skipped(done.stdout) == dict.fromkeys(STAGES, False)
+    manifest = handoff.verify(handoff.current(folder / "artifacts" / "models"))
+    assert set(manifest.variants) == {"bf16", "nf4"}
+    assert manifest.variants["nf4"].weight_bytes < manifest.variants["bf16"].weight_bytes
+    facts = json.loads((folder / "artifacts" / "reports" / "ml.json").read_text(encoding="utf-8"))
+    assert facts["version"] == manifest.version
+    assert set(facts["quality"]) == {"base", "bf16", "nf4"}
+    page = (folder / "artifacts" / "reports" / "ml.html").read_text(encoding="utf-8")
+    assert manifest.version in page
+    assert page.rstrip().endswith("</html>")
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_every_stage(whole: Settings, run: Callable[[Settings], dict[str, bool]]) -> None:
     before = handoff.current(whole.artifacts / "models")
-    assert ran() == dict.fromkeys(STAGES, True)
+    assert run(whole) == dict.fromkeys(STAGES, True)
     assert handoff.current(whole.artifacts / "models") == before
     handoff.verify(before)
 
 
-@_NO_REPORT
 @pytest.mark.slow
-def test_a_changed_leaflet_sentence_redoes_everything(whole: Settings, ran: Callable[[], dict[str, bool]]) -> None:
+@pytest.mark.timeout(900)
+def test_an_author_edits_a_leaflet_and_another_version_stands_beside_the_first(
+    whole: Settings, run: Callable[[Settings], dict[str, bool]]
+) -> None:
     before = handoff.current(whole.artifacts / "models")
     leaflet = whole.datasets / "health_library" / "common-cold.md"
     text = leaflet.read_text(encoding="utf-8")
     leaflet.write_text(text.replace("## Symptoms\n", "## Symptoms\nA cold can begin on any day of the week.\n"), encoding="utf-8")
     # a sentence at the head of a section moves those behind it, as an author's edit would
-    assert ran() == redone_from("curate")
+    assert run(whole) == redone_from("curate")
+    assert handoff.current(whole.artifacts / "models") != before
     handoff.verify(handoff.current(whole.artifacts / "models"))
     handoff.verify(before)  # what was published stays as it was
-
-
-@_NO_REPORT
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "path"),
-    [
-        ("curate", "data"),
-        ("finetune", "work/*/finetune/best/adapter_model.safetensors"),
-        ("quantize", "work/*/quantize/nf4"),
-        ("publish", "models/current"),
-        ("publish", "models/m-*"),
-    ],
-)
-def test_a_removed_artifact_is_made_again(whole: Settings, ran: Callable[[], dict[str, bool]], stage: str, path: str) -> None:
-    (found, *_) = [handoff.current(whole.artifacts / "models")] if "m-*" in path else whole.artifacts.glob(path)
-    shutil.rmtree(found) if found.is_dir() else found.unlink()
-    skipped = ran()
-    assert found.exists()
-    assert not skipped[stage]
-    assert all(skipped[name] for name in STAGES[: STAGES.index(stage)])
-    handoff.verify(handoff.current(whole.artifacts / "models"))
-
-
-@_NO_REPORT
-@pytest.mark.slow
-def test_a_failing_last_stage_leaves_the_current_model_and_earlier_results(
-    whole: Settings, ran: Callable[[], dict[str, bool]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = handoff.current(whole.artifacts / "models")
-    next(whole.artifacts.glob("work/*/publish/stamp.json")).unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("ml_engineer_track.publish.card", lambda manifest: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            p.run(whole)
-    assert handoff.current(whole.artifacts / "models") == before
-    handoff.verify(before)
-    assert ran() == redone_from("publish")

@@ -161,6 +161,20 @@ def test_a_citation_mark_weighs_more_than_the_words_it_chooses(own: PreTrainedTo
         assert weight[0] == pytest.approx(0.05)
 
 
+def test_the_words_of_an_index_are_given_and_only_its_marks_are_learnt(
+    own: PreTrainedTokenizerBase, exercises: Exercises
+) -> None:
+    indexes = replace(TEST, stages=(pt.Stage("only", 1, 256, 4, {"index": 1.0}, 0.05),))
+    ids, weights = pt.Batches(exercises, {}, own, indexes)[0]
+    marks = torch.isin(ids, torch.tensor([own.convert_tokens_to_ids(f"[{n}]") for n in range(1, MAX_SOURCES + 1)]))
+    for row, weight, mark in zip(ids.tolist(), weights, marks, strict=True):
+        reply_from, end = row.index(own.convert_tokens_to_ids(pt.ASSISTANT)) + 1, sum(i != own.pad_token_id for i in row)
+        reply, is_mark = weight[reply_from:end], mark[reply_from:end]
+        assert is_mark.sum() >= 3
+        assert set(reply[is_mark].tolist()) == {TEST.mark_weight}
+        assert reply[~is_mark].tolist() == pytest.approx([0.05] * int((~is_mark).sum()))
+
+
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 

@@ -80,12 +80,7 @@ def test_bytes_of_shared_weights_are_counted_once(micro: PreTrainedModel) -> Non
     assert weight_bytes(micro) == sum(p.numel() * 4 for p in micro.parameters()) + buffers
 
 
-_INT8 = pytest.param(
-    "int8", marks=pytest.mark.xfail(strict=True, reason="weight_bytes asks for the truth of a tensor (SCB or ...)")
-)
-
-
-@pytest.mark.parametrize("name", ["nf4", _INT8])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_bytes_can_be_counted_after_a_forward_pass(variants: q.Variants, name: str) -> None:
     """bitsandbytes moves its statistics about at the first forward pass."""
     model = load_model(variants.folders[name])

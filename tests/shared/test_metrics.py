@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.metrics import cohen_kappa, estimate, estimate_mean, percentiles, set_f1
+from shared.metrics import Estimate, cohen_kappa, estimate, estimate_mean, percentiles, set_f1
 
 SETS = st.frozensets(st.integers(0, 9)).map(set)
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=40)
@@ -143,6 +143,11 @@ def test_no_rows_give_no_figure_instead_of_a_zero() -> None:
 
 def test_an_estimate_is_printed_with_its_interval() -> None:
     assert str(estimate_mean([0.5] * 4, resamples=10, seed=0)) == "0.500 [0.500, 0.500]"
+
+
+def test_an_estimate_without_an_interval_is_printed_as_its_value() -> None:
+    """A perplexity is one figure of all rows together."""
+    assert str(Estimate(value=12.3456, low=None, high=None, n=9)) == "12.346"
 
 
 # --- percentiles -----------------------------------------------------------------------------------------------------
