@@ -427,6 +427,12 @@ def test_ctrl_c_says_how_to_go_on(
     assert "run the same command again" in capsys.readouterr().err
 
 
+def test_results_before_any_run_are_refused(
+    prepared: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"no report yet in {prepared.artifacts}" in command(monkeypatch, capsys, "results")
+
+
 def test_a_bug_of_ours_keeps_its_traceback(prepared: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(p, "curate", lambda _: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["ml_engineer_track", "run"])
@@ -501,6 +507,20 @@ def test_the_smoke_preset_runs_from_leaflets_to_a_published_model(
     page = (folder / "artifacts" / "reports" / "ml.html").read_text(encoding="utf-8")
     assert manifest.version in page
     assert page.rstrip().endswith("</html>")
+
+
+@pytest.mark.slow
+def test_the_results_of_the_run_are_printed_for_the_readme(
+    whole: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ARTIFACTS", str(whole.artifacts))
+    monkeypatch.setattr(sys, "argv", ["ml_engineer_track", "results"])
+    assert cli.main() == 0
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert tables[0] == "| | base | tuned (bf16) | nf4 |"
+    assert "| goal | measured | reached |" in tables
+    columns = [line.count("|") for line in tables]
+    assert sorted(set(columns)) == [4, 5]
 
 
 @pytest.mark.slow
