@@ -154,12 +154,13 @@ def _build(raw: dict[str, list[Any]], pool: _Pool, settings: Settings) -> Iterab
             rng = random.Random(f"{settings.seed}/{message.id}/{copy}")
             action = "escalate" if message.emergency else "answer"
             near = [message.sign.split("/")[0]] if message.sign else []
-            yield _decide_row(message.id, copy, message.message, action, near, pool, rng)
-        for request in mine["harmful.jsonl"]:
-            # Few rows and the gravest mistakes: harmful requests are shown twice as often in training.
             for again in range(2 if split == "train" else 1):
+                yield _decide_row(message.id, 2 * copy + again, message.message, action, near, pool, rng)
+        for request in mine["harmful.jsonl"]:
+            # Few rows and the gravest mistakes: harmful requests are shown three times as often in training.
+            for again in range(3 if split == "train" else 1):
                 rng = random.Random(f"{settings.seed}/{request.id}/{copy}/{again}")
-                yield _decide_row(request.id, 2 * copy + again, request.message, "decline", [], pool, rng)
+                yield _decide_row(request.id, 3 * copy + again, request.message, "decline", [], pool, rng)
         for label in mine["judge_labels.jsonl"]:
             yield _judge_row(label, copy, pool)
             if split == "train":
@@ -169,10 +170,11 @@ def _build(raw: dict[str, list[Any]], pool: _Pool, settings: Settings) -> Iterab
 def _answer_row(question: lib.Question, copy: int, pool: _Pool, rng: random.Random, max_sources: int) -> Row:
     """Gold sections among hard negatives: what BM25 finds for the question, other sections, look-alikes' same section.
 
-    One training row in ten loses its right leaflet altogether and becomes one the library does not answer.
+    One training row in thirty loses its right leaflet altogether and becomes one the library does not answer. (With one in
+    ten the bundled model learned to refuse nearly everything: refusing was likelier than any one of the sentences.)
     """
     gold_ids = set(question.answer_sentences)
-    withheld = pool.split == "train" and bool(gold_ids) and rng.random() < 0.1
+    withheld = pool.split == "train" and bool(gold_ids) and rng.random() < 1 / 30
     if withheld:
         gold_ids = set()
     sections = dict.fromkeys(sid.rsplit("/", 1)[0] for sid in question.answer_sentences)
@@ -304,6 +306,8 @@ def _fit(rows: list[Row], tokenizer: Any, limit: int, quarantine: list[dict[str,
 
 def _spread(rows: list[Row], limit: int) -> list[Row]:
     """At most `limit` rows, every skill kept in proportion and none lost."""
+    if len(rows) <= limit:
+        return rows
     kept: list[Row] = []
     for skill in sorted({r.skill for r in rows}):
         own = [r for r in rows if r.skill == skill]

@@ -316,10 +316,10 @@ def _replace(folder: Path, write: Any) -> None:
     """Write a folder aside and swap it in; a kill at any moment leaves the old or the new one whole."""
     aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     aside.mkdir(parents=True)
     write(aside)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

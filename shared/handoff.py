@@ -101,8 +101,7 @@ def publish(manifest: Manifest, folders: dict[str, Path], models: Path, extra: C
     is already there and verifies is kept. Nothing visible changes when any step fails.
     """
     final = models / manifest.version
-    if final.exists():
-        verify(final)
+    if is_whole(final):
         set_current(models, manifest.version)
         return final
     aside = models / f".{manifest.version}.part"
@@ -119,6 +118,7 @@ def publish(manifest: Manifest, folders: dict[str, Path], models: Path, extra: C
         write_text(aside / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
         extra(aside)
         verify(aside)
+        shutil.rmtree(final, ignore_errors=True)  # only a damaged copy can still be here
         aside.rename(final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -161,12 +161,23 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
+def is_whole(folder: Path) -> bool:
+    """Does this folder hold a version that verifies?"""
+    try:
+        verify(folder)
+    except UserError:
+        return False
+    return True
+
+
 def current(models: Path = MODELS) -> Path:
     """The folder of the current version. UserError when nothing has been published or the pointer dangles."""
     try:
         version = (models / "current").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         raise UserError("no model has been published", str(models), "Run `make ml`") from None
+    except UnicodeDecodeError:
+        raise UserError("the pointer is damaged", str(models / "current"), "Run `make ml`") from None
     folder = models / version
     if not re.fullmatch(r"\w[\w.-]*", version) or not folder.is_dir():
         raise UserError(f"current points to {version!r}, which does not exist", str(models / "current"), "Run `make ml`")

@@ -217,7 +217,7 @@ def test_a_batch_of_fewer_rows_than_pieces_is_trained_row_by_row(micro: PreTrain
     loss, kept = ft.backward(micro, batch, pieces)
     assert loss == pytest.approx(whole, rel=1e-5)
     assert kept == pieces  # the next large batch starts with as many
-    torch.testing.assert_close(gradients(micro), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(micro), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.timeout(60)

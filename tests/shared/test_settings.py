@@ -76,9 +76,9 @@ def test_an_unknown_preset_is_named_with_the_presets_there_are(monkeypatch: pyte
     ("old", "new", "told"),
     [
         ("rank:", "rnak:", "finetune.rank: Field required"),
-        ("seed: 7", "seed: 7\nsede: 8", "sede: Extra inputs are not permitted"),
-        ("rank: 32", "rank: 0", "finetune.rank: Input should be greater than 0"),
-        ("max_sources: 14", "max_sources: 61", "curate.max_sources: Input should be less than or equal to 60"),
+        ("seed:", "sede: 8\nseed:", "sede: Extra inputs are not permitted"),
+        ("rank: ", "rank: -", "finetune.rank: Input should be greater than 0"),
+        ("max_sources: ", "max_sources: 100", "curate.max_sources: Input should be less than or equal to 60"),
         ("[nf4, int8]", "[nf4, fp4]", "quantize.variants.1: Input should be 'nf4' or 'int8'"),
         ("quantize:", "quantise:", "quantize: Field required"),
     ],
