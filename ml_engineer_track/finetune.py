@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ml_engineer_track.curate import CuratedData, Row
 from ml_engineer_track.models import load_model, load_tokenizer, prompt_text, without_cpu_fast_path
 from ml_engineer_track.progress import progress
+from shared.chat import choices
 from shared.errors import UserError
 from shared.files import need_disk, write_json
 from shared.hardware import compute_dtype, device, matmul_peak, synchronize
@@ -42,7 +43,7 @@ from shared.settings import Finetune, Settings
 
 @dataclass(frozen=True)
 class Tuned:
-    """A trained adapter and how its training went. Losses are per reply token, in nats."""
+    """A trained adapter and how its training went. Losses are weighted means per reply token, in nats."""
 
     adapter: str
     base: str
@@ -62,25 +63,30 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row; the last `reply` of them are what the model must say."""
+    """Token ids of one row; the last `len(weights)` of them are what the model must say, each with its loss weight."""
 
     ids: list[int]
-    reply: int
+    weights: list[float]
+
+    @property
+    def reply(self) -> int:
+        return len(self.weights)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded tensors, all (rows, length); only the last `keep` positions hold replies."""
+    """Left-padded tensors, all (rows, length); only the last `keep` positions hold replies. `weights` is 0 elsewhere."""
 
     ids: torch.Tensor
     mask: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor
     keep: int
 
     def split(self, pieces: int) -> list[Batch]:
         """By rows, into at most `pieces` parts of nearly equal size."""
         parts = torch.arange(len(self.ids)).tensor_split(min(pieces, len(self.ids)))
-        return [Batch(self.ids[p], self.mask[p], self.labels[p], self.keep) for p in parts]
+        return [Batch(self.ids[p], self.mask[p], self.labels[p], self.weights[p], self.keep) for p in parts]
 
 
 def finetune(settings: Settings, data: CuratedData) -> Tuned:
@@ -91,8 +97,10 @@ def finetune(settings: Settings, data: CuratedData) -> Tuned:
     tokenizer = load_tokenizer(settings.model_path)
     torch.manual_seed(settings.seed)
     model = add_adapter(load_base(settings), options)
-    train = encode(data.rows("train"), tokenizer)
-    validation = batches(encode(data.rows("validation"), tokenizer), options.batch_tokens, tokenizer.pad_token_id)
+    train = encode(data.rows("train"), tokenizer, options.choice_weight)
+    validation = batches(
+        encode(data.rows("validation"), tokenizer, options.choice_weight), options.batch_tokens, tokenizer.pad_token_id
+    )
     plan = plan_batches(train, options, settings.seed)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.learning_rate, fused=True)
@@ -158,11 +166,16 @@ def add_adapter(model: PreTrainedModel, options: Finetune) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Prompts through the chat template, replies closed with the end token."""
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, choice_weight: float = 1.0) -> list[Example]:
+    """Prompts through the chat template, replies closed with the end token; tokens that decide weigh `choice_weight`."""
     prompts = tokenizer([prompt_text(tokenizer, r.messages) for r in rows], add_special_tokens=False)["input_ids"]
-    replies = tokenizer([r.reply + tokenizer.eos_token for r in rows], add_special_tokens=False)["input_ids"]
-    return [Example(p + a, len(a)) for p, a in zip(prompts, replies, strict=True)]
+    replies = tokenizer([r.reply + tokenizer.eos_token for r in rows], add_special_tokens=False, return_offsets_mapping=True)
+    examples = []
+    for row, prompt, ids, offsets in zip(rows, prompts, replies["input_ids"], replies["offset_mapping"], strict=True):
+        spans = choices(row.reply)
+        deciding = [any(start < b and a < end for a, b in spans) for start, end in offsets]
+        examples.append(Example(prompt + ids, [choice_weight if d else 1.0 for d in deciding]))
+    return examples
 
 
 def plan_batches(examples: Sequence[Example], options: Finetune, seed: int) -> list[list[int]]:
@@ -198,15 +211,17 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
     ids = torch.full((len(examples), length), pad)
     labels = torch.full((len(examples), length), -100)
     mask = torch.zeros((len(examples), length), dtype=torch.long)
+    weights = torch.zeros((len(examples), length))
     for row, example in enumerate(examples):
         ids[row, length - len(example.ids) :] = torch.tensor(example.ids)
         mask[row, length - len(example.ids) :] = 1
         labels[row, length - example.reply :] = torch.tensor(example.ids[-example.reply :])
-    return Batch(ids.to(target), mask.to(target), labels.to(target), max(e.reply for e in examples))
+        weights[row, length - example.reply :] = torch.tensor(example.weights)
+    return Batch(ids.to(target), mask.to(target), labels.to(target), weights.to(target), max(e.reply for e in examples))
 
 
-def reply_losses(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Sum of the cross-entropy over reply tokens (nats) and their number."""
+def reply_losses(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
+    """Weighted sum of the cross-entropy over reply tokens (nats), and the sum of the weights."""
     target = batch.ids.device
     dtype = compute_dtype(target)
     positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
@@ -215,8 +230,9 @@ def reply_losses(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, in
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=False, logits_to_keep=batch.keep + 1
         ).logits
     labels = batch.labels[:, -batch.keep :]
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-    return loss, int((labels != -100).sum())
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+    weights = batch.weights[:, -batch.keep :].flatten()
+    return (losses * weights).sum(), float(weights.sum())
 
 
 def backward(model: torch.nn.Module, batch: Batch, pieces: int) -> tuple[float, int]:
@@ -225,7 +241,7 @@ def backward(model: torch.nn.Module, batch: Batch, pieces: int) -> tuple[float, 
     Returns the loss and the number of parts that fitted. The gradient does not depend on the number of parts.
     UserError when a single row does not fit.
     """
-    total = int((batch.labels != -100).sum())
+    total = float(batch.weights.sum())
     while True:
         try:
             loss = 0.0
@@ -251,7 +267,7 @@ def backward(model: torch.nn.Module, batch: Batch, pieces: int) -> tuple[float, 
 
 @torch.no_grad()
 def validation_loss(model: torch.nn.Module, validation: Sequence[Batch]) -> float:
-    """Mean cross-entropy per reply token over the validation split, in nats."""
+    """Weighted mean cross-entropy per reply token over the given batches, in nats."""
     model.eval()
     sums = [reply_losses(model, batch) for batch in validation]
     model.train()

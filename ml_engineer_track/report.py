@@ -251,7 +251,8 @@ def training(run: Run) -> str:
         + paragraph(story)
         + loss_chart(t)
         + table(
-            ["step", "validation loss, nats per reply token"], [[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in t.validation]
+            ["step", "validation loss (weighted mean, nats per reply token)"],
+            [[f"{v['step']:.0f}", f"{v['loss']:.4f}"] for v in t.validation],
         )
         + heading("Throughput beside transformers.Trainer", 3)
         + paragraph("Default collation, the same rows, steps, dtype and optimiser; the sides take turns. Tokens without padding.")
@@ -331,7 +332,7 @@ def loss_chart(tuned: Tuned) -> str:
     axes.plot(
         [v["step"] for v in tuned.validation], [v["loss"] for v in tuned.validation], "ko-", markersize=4, label="validation"
     )
-    axes.set(xlabel="step", ylabel="loss, nats per reply token")
+    axes.set(xlabel="step", ylabel="weighted loss, nats")
     axes.legend(frameon=False)
     return _closed(figure)
 

@@ -127,6 +127,15 @@ def to_json(reply: BaseModel) -> str:
     return json.dumps(reply.model_dump(), separators=(",", ":"), ensure_ascii=False)
 
 
+def choices(reply: str) -> list[tuple[int, int]]:
+    """Where a reply of this contract decides something: character spans of its marks, its refusal, its JSON values.
+
+    Everything else in a reply is copied or fixed. Training weighs these places more.
+    """
+    pattern = r"\[\d+\]" + f"|^{NOT_ANSWERED.split()[0]}(?= )" + r'|(?<=":)[^,}]+'
+    return [match.span() for match in re.finditer(pattern, reply)]
+
+
 class Quoted(BaseModel):
     """One statement of a reply and the source number it cites (None when it cites nothing)."""
 

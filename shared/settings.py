@@ -50,6 +50,7 @@ class Finetune(_Strict):
     dropout: float = Field(ge=0, lt=1)
     targets: str | list[str]
     learning_rate: float = Field(gt=0)
+    choice_weight: float = Field(ge=1)
     epochs: float = Field(gt=0)
     batch_tokens: int = Field(gt=0)
     warmup_share: float = Field(ge=0, lt=1)

@@ -29,7 +29,7 @@ MakeSettings = Callable[..., Settings]
 
 def an_example(length: int, reply: int, seed: int = 0) -> Example:
     numbers = torch.Generator().manual_seed(1000 * length + seed)
-    return Example(torch.randint(100, 8000, (length,), generator=numbers).tolist(), reply)
+    return Example(torch.randint(100, 8000, (length,), generator=numbers).tolist(), [1.0] * reply)
 
 
 THREE = [an_example(12, 3), an_example(20, 7), an_example(9, 5)]
@@ -93,7 +93,7 @@ def test_encoding_puts_the_prompt_through_the_template_and_ends_the_reply(
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 1000))
 def test_buckets_stay_within_the_token_budget_and_lose_no_row(lengths: list[int], budget: int) -> None:
-    groups = ft.bucket([Example([1] * n, 1) for n in lengths], budget)
+    groups = ft.bucket([Example([1] * n, [1.0]) for n in lengths], budget)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget for group in groups)
 
