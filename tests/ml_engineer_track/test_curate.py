@@ -250,7 +250,6 @@ def test_a_skill_of_few_rows_is_not_lost() -> None:
     assert {r.skill for r in c._spread(rows_of({"answer": 500, "clarify": 1}), 20)} == {"answer", "clarify"}
 
 
-@pytest.mark.xfail(strict=True, reason="_spread with a limit above the number of rows repeats the first ones and drops the rest")
 @pytest.mark.parametrize("limit", [120, 200, 1000])
 def test_a_limit_above_the_number_of_rows_keeps_each_once(limit: int) -> None:
     rows = rows_of({"answer": 70, "decide": 20, "clarify": 5, "judge": 5})
