@@ -30,7 +30,7 @@ from ml_engineer_track.publish import Published, publish
 from ml_engineer_track.quantize import Variants, quantize
 from shared.errors import UserError
 from shared.files import sha256_text, sha256_tree, write_text
-from shared.handoff import is_whole, set_current
+from shared.handoff import set_current
 from shared.settings import ROOT, Settings
 
 T = TypeVar("T")
@@ -176,10 +176,9 @@ class Stages:
             "quantize": lambda: [
                 next(Path(f).glob("*.safetensors"), Path(f) / "model.safetensors") for f in result.folders.values()
             ],
-            "publish": lambda: [models / "current"],
+            "publish": lambda: [Path(result.folder) / "manifest.json", models / "current"],
         }.get(name, list)
-        whole = name != "publish" or is_whole(Path(result.folder))
-        return whole and all(path.exists() for path in expected())
+        return all(path.exists() for path in expected())
 
 
 @contextmanager

@@ -191,7 +191,8 @@ def test_memory_that_runs_out_half_way_through_a_batch_leaves_no_half_gradient(
     monkeypatch.setattr(ft, "reply_losses", fails_once)
     ft.backward(micro, batch, 2)
     assert calls == [2, 2, 1, 1, 1, 1]
-    torch.testing.assert_close(gradients(micro), expected, rtol=1e-4, atol=1e-6)
+    # float32 sums in another order: a half gradient would be off by tens of percent, not by 1e-5.
+    torch.testing.assert_close(gradients(micro), expected, rtol=1e-3, atol=1e-5)
 
 
 @given(st.integers(1, 40), st.integers(1, 64))

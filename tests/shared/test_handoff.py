@@ -130,13 +130,11 @@ def test_publishing_the_same_version_again_keeps_the_first_copy(models: Path, ve
     assert tree(version) == before
 
 
-def test_publishing_a_version_again_whose_first_copy_is_damaged_is_refused(
-    models: Path, version: Path, folders: dict[str, Path]
-) -> None:
-    second = handoff.publish(a_manifest("m-2"), folders, models, a_card)
+def test_publishing_a_version_again_mends_a_damaged_first_copy(models: Path, version: Path, folders: dict[str, Path]) -> None:
     (version / "nf4" / "model.safetensors").write_bytes(b"x")
-    assert "nf4/model.safetensors" in refusal(lambda: handoff.publish(a_manifest(), folders, models, a_card))
-    assert handoff.current(models) == second
+    assert handoff.publish(a_manifest(), folders, models, a_card) == version
+    assert handoff.is_whole(version)
+    assert handoff.current(models) == version
 
 
 # --- what is damaged is refused --------------------------------------------------------------------------------------
