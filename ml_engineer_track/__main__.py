@@ -127,12 +127,13 @@ def pretrain(
 ) -> None:
     """Make the base model from public text."""
     from ml_engineer_track import pretrain as p
+    from ml_engineer_track.ship_base import ship
 
     if edition not in p.EDITIONS:
         raise UserError(f"unknown edition {edition!r}", "--edition", f"Use one of: {', '.join(p.EDITIONS)}")
     folder = work or load_settings("tiny").artifacts / "pretrain" / edition
     p.pretrain(corpus, p.EDITIONS[edition], folder)
-    print(f"model: {p.ship(folder, into)}")
+    print(f"model: {ship(folder, into)}")
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ml_engineer_track import pretrain as pt
 from ml_engineer_track.models import load_model
 from ml_engineer_track.reading import Exercise, Exercises, load_corpus
+from ml_engineer_track.ship_base import ship
 from shared.chat import MAX_SOURCES, answer_messages
 from shared.settings import BASE_MODEL
 
@@ -267,7 +268,7 @@ def test_a_finished_run_is_not_trained_further(run: Run, untroubled: Path, tmp_p
 
 
 def test_a_shipped_folder_loads_with_plain_auto_classes(shared_work: Path, tmp_path: Path) -> None:
-    folder = pt.ship(shared_work, tmp_path / "base")
+    folder = ship(shared_work, tmp_path / "base")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
@@ -280,7 +281,7 @@ def test_a_shipped_folder_loads_with_plain_auto_classes(shared_work: Path, tmp_p
 def test_shipping_again_replaces_what_is_there(shared_work: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "stale.safetensors").write_bytes(b"x")
-    folder = pt.ship(shared_work, tmp_path / "base")
+    folder = ship(shared_work, tmp_path / "base")
     assert not (folder / "stale.safetensors").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
