@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml ai demo serve bench pretrain datasheet test test-all lint format clean distclean
+.PHONY: help setup ml ai demo serve bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -40,8 +40,22 @@ demo: ## make ml, then make ai (not built yet)
 serve: ## the running service with its web page (not built yet)
 	@echo "error: make serve is not built yet. Available now: make ml" >&2; exit 2
 
-bench: ## measure this machine (not built yet)
-	@echo "error: make bench is not built yet. python -m ml_engineer_track benchmark measures one model" >&2; exit 2
+bench: setup ## measure this machine. SUITE=latency,serving BUDGET=5m MODEL=folder DEVICE=cpu|cuda OUT=file
+	@$(BIN)/python -m benchmarks run --suite "$(SUITE)" --budget "$(BUDGET)" --model "$(MODEL)" --device "$(DEVICE)" $(if $(OUT),--out "$(OUT)")
+
+report: setup ## one HTML page and one Markdown table of the last run. RESULT=file
+	@$(BIN)/python -m benchmarks report $(RESULT)
+
+compare: setup ## is B better than A? A= and B= result files or commits; exit status 1 when something got worse
+	@test -n "$(A)" -a -n "$(B)" || { echo "error: A=<result or commit> and B=<result or commit> are needed" >&2; exit 2; }
+	@$(BIN)/python -m benchmarks compare "$(A)" "$(B)"
+
+fit: setup ## will it fit? memory by component. MODEL=folder or id METHOD=lora|qlora|full CONTEXT=4096 BATCH=4
+	@$(BIN)/python -m benchmarks fit --model "$(or $(MODEL),ml_engineer_track/base_model)" --method "$(or $(METHOD),lora)" \
+	  --context $(or $(CONTEXT),2048) --batch $(or $(BATCH),1)
+
+bench-peers: setup ## other engines and trainers on the same model. PEERS=llama.cpp,trl INSTALL=1 makes their environments
+	@$(BIN)/python -m benchmarks peers --only "$(PEERS)" --model "$(MODEL)" $(if $(INSTALL),--install)
 
 pretrain: setup ## make the bundled base model anew: CORPUS=folder [EDITION=cpu|gpu]
 	@test -n "$(CORPUS)" || { echo "error: CORPUS=<folder with pretrain/ and tasks/> is needed" >&2; exit 2; }

@@ -136,6 +136,32 @@ def pretrain(
     print(f"model: {ship(folder, into)}")
 
 
+@app.command()
+def serve(
+    model: Annotated[
+        Path | None, typer.Option(help="a published version or a model folder (default: the current version)")
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="again for several at once (default: the manifest's choice)")] = None,
+    engine: Annotated[str, typer.Option(help="auto, openvino, transformers or vllm")] = "auto",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8001,
+    cache_mb: Annotated[int, typer.Option(min=1, help="key-value cache of each model, MiB")] = 512,
+    max_running: Annotated[int, typer.Option(min=1, help="requests in a batch; the rest waits")] = 128,
+    max_waiting: Annotated[int, typer.Option(min=0, help="requests in the queue; the rest gets 429")] = 512,
+) -> None:
+    """Serve a model over OpenAI's HTTP API."""
+    from ml_engineer_track.serving.catalog import Limits
+    from ml_engineer_track.serving.serve import serve as run_server
+    from ml_engineer_track.serving.vllm import serve_with_vllm
+
+    artifacts = load_settings("tiny").artifacts
+    if engine == "vllm":
+        return serve_with_vllm(model, variant or [], host, port, artifacts)
+    if engine not in ("auto", "openvino", "transformers"):
+        raise UserError(f"unknown engine {engine!r}", "--engine", "Use auto, openvino, transformers or vllm")
+    return run_server(model, variant or [], engine, host, port, artifacts, Limits(cache_mb, max_running, max_waiting))  # type: ignore[arg-type]
+
+
 def main() -> int:
     """Run a command; a user's mistake, a full disk or a lost GPU becomes one line and exit status 2."""
     try:

@@ -119,7 +119,7 @@ def _memory_pass(path: str, prompt_tokens: int, new_tokens: int) -> dict[str, An
     before = process.memory_info().rss
     model = load_model(path)
     one_run(model, 1, prompt_tokens, new_tokens)
-    peak = _peak_rss(process)
+    peak = peak_rss(process)
     cuda = device().type == "cuda"
     return {
         "max_ram": peak,
@@ -129,7 +129,7 @@ def _memory_pass(path: str, prompt_tokens: int, new_tokens: int) -> dict[str, An
     }
 
 
-def _peak_rss(process: psutil.Process) -> int:
+def peak_rss(process: psutil.Process) -> int:
     """The kernel's own high-water mark where it keeps one (Linux), else the resident set now."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

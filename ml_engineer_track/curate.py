@@ -17,9 +17,10 @@ import random
 import re
 import shutil
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,10 @@ Skill = Literal["answer", "decide", "clarify", "judge"]
 
 
 class Row(BaseModel):
-    """One training or test example. `sources` are sentence ids in prompt order; `gold` the numbers (from 1) to quote."""
+    """One training or test example. `sources` are sentence ids in prompt order; `gold` the numbers (from 1) to quote.
+
+    `messages` may hold earlier turns; the assistant's are replies to learn, like the last one.
+    """
 
     id: str
     split: lib.Split
@@ -139,9 +143,12 @@ def _build(raw: dict[str, list[Any]], pool: _Pool, settings: Settings) -> Iterab
     split, copies = pool.split, settings.curate.copies if pool.split == "train" else 1
     mine = {file: [row for row in rows if row.split == split] for file, rows in raw.items()}
     for copy in range(copies):
+        if split == "train":
+            yield from _conversations(mine["questions.jsonl"], copy, pool, settings)
         for question in watched(mine["questions.jsonl"], f"curate {split}"):
             rng = random.Random(f"{settings.seed}/{question.id}/{copy}")
-            yield _answer_row(question, copy, pool, rng, settings.curate.max_sources)
+            if split != "train" or not question.answerable or rng.random() < settings.curate.single_share:
+                yield _answer_row(question, copy, pool, rng, settings.curate.max_sources)
             if rng.random() < 0.15:  # questions are many; decisions need every action
                 yield _decide_row(question.id, copy, question.question, "answer", question.leaflets, pool, rng)
         for case in mine["cases.jsonl"]:
@@ -202,6 +209,61 @@ def _answer_row(question: lib.Question, copy: int, pool: _Pool, rng: random.Rand
         id=f"{question.id}#{copy}", split=pool.split, skill="answer",
         messages=chat.answer_messages(question.question, sources), reply=chat.answer_text(gold, sources),
         sources=[s.id for s in sources], gold=gold,
+    )  # fmt: skip
+
+
+def _conversations(questions: Sequence[lib.Question], copy: int, pool: _Pool, settings: Settings) -> Iterable[Row]:
+    """Rows in which several questions are asked about the same sources, which the model then reads once for all of them.
+
+    Six questions in one row cost a third of six rows, and the sentences not meant are the right one's neighbours.
+    """
+    by_leaflet: dict[str, list[lib.Question]] = defaultdict(list)
+    for question in questions:
+        if len({sid.split("/")[0] for sid in question.answer_sentences}) == 1:
+            by_leaflet[question.answer_sentences[0].split("/")[0]].append(question)
+    for slug, asked in by_leaflet.items():
+        rng = random.Random(f"{settings.seed}/{slug}/{copy}")
+        for turn in range(settings.curate.conversations):
+            sections = rng.sample(list(lib.SECTIONS), len(lib.SECTIONS))
+            while sections:
+                row = _conversation(f"{slug}#{copy}.{turn}.{len(sections)}", slug, sections, asked, pool, rng, settings)
+                if row:
+                    yield row
+
+
+def _conversation(
+    row_id: str,
+    slug: str,
+    sections: list[str],
+    asked: Sequence[lib.Question],
+    pool: _Pool,
+    rng: random.Random,
+    settings: Settings,
+) -> Row | None:
+    """Takes sections off the list until the sources are full; asks what they answer, and now and then what they do not."""
+    leaf, limit = pool.library.leaflets[slug], settings.curate.max_sources
+    passages = [section_sources(leaf, sections.pop())]
+    if leaf.look_alikes and rng.random() < 0.4:  # the same section of a leaflet people confuse with it
+        name = passages[0][0].id.split("/")[1]
+        passages.append(section_sources(pool.library.leaflets[rng.choice(leaf.look_alikes)], name))
+    while sections and sum(map(len, passages)) + len(leaf.sections[sections[-1]]) <= limit:
+        passages.append(section_sources(leaf, sections.pop()))
+    rng.shuffle(passages)
+    sources = [s for passage in passages for s in passage][:limit]
+    numbers = {s.id: n for n, s in enumerate(sources, start=1)}
+    turns = []
+    for question in rng.sample(list(asked), len(asked)):
+        gold = [numbers[sid] for sid in question.answer_sentences if sid in numbers]
+        if len(gold) == len(question.answer_sentences) or (not gold and rng.random() < 0.01):
+            turns.append((question.question, chat.answer_text(gold, sources)))
+    turns = turns[: settings.curate.conversation_turns]
+    if len(turns) < 2:
+        return None
+    messages = chat.answer_messages(turns[0][0], sources)
+    for (_, said), (question_text, _) in pairwise(turns):
+        messages += [{"role": "assistant", "content": said}, chat.follow_up(question_text)]
+    return Row(
+        id=row_id, split="train", skill="answer", messages=messages, reply=turns[-1][1], sources=[s.id for s in sources]
     )  # fmt: skip
 
 
@@ -296,7 +358,7 @@ def _drop_duplicates(questions: list[lib.Question], threshold: float, quarantine
 
 
 def _fit(rows: list[Row], tokenizer: Any, limit: int, quarantine: list[dict[str, Any]]) -> list[Row]:
-    texts = [r.messages[0]["content"] + r.reply for r in rows]
+    texts = ["".join(m["content"] for m in r.messages) + r.reply for r in rows]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]] if rows else []
     for row, length in zip(rows, lengths, strict=True):
         if length > limit:

@@ -124,7 +124,7 @@ def reading(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
     refusals = generate(model, tokenizer, [_messages(i) for i in empty], 24, 16, name=f"refusing {name}")
     quoted = [chat.parse_answer(r) for r in replies]
     exact = [
-        float(q.number is not None and q.number <= len(i.candidates) and " ".join(i.candidates[q.number - 1].split()) == q.text)
+        float(q.number is not None and 1 <= q.number <= len(i.candidates) and " ".join(i.candidates[q.number - 1].split()) == q.text)
         for said, i in zip(quoted, answerable, strict=True)
         for q in said
     ]
@@ -150,8 +150,8 @@ def make_items(name: str, corpus: Corpus, size: int, n: int) -> list[Item]:
         question, gold, own = made
         others = list(dict.fromkeys(s for s in own if s != gold))
         rng.shuffle(others)
-        others = (others + rng.sample(strangers, size))[: size - 1]
-        candidates = [gold, *(o for o in others if o != gold)]
+        others = [s for s in dict.fromkeys([*others, *rng.sample(strangers, size)]) if s != gold][: size - 1]
+        candidates = [gold, *others]
         rng.shuffle(candidates)
         item = Item(question, candidates, candidates.index(gold))
         if len(candidates) == size and all(item.question != i.question for i in items):

@@ -167,15 +167,36 @@ def add_adapter(model: PreTrainedModel, options: Finetune) -> PeftModel:
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, choice_weight: float = 1.0) -> list[Example]:
-    """Prompts through the chat template, replies closed with the end token; tokens that decide weigh `choice_weight`."""
-    prompts = tokenizer([prompt_text(tokenizer, r.messages) for r in rows], add_special_tokens=False)["input_ids"]
-    replies = tokenizer([r.reply + tokenizer.eos_token for r in rows], add_special_tokens=False, return_offsets_mapping=True)
-    examples = []
-    for row, prompt, ids, offsets in zip(rows, prompts, replies["input_ids"], replies["offset_mapping"], strict=True):
-        spans = choices(row.reply)
-        deciding = [any(start < b and a < end for a, b in spans) for start, end in offsets]
-        examples.append(Example(prompt + ids, [choice_weight if d else 1.0 for d in deciding]))
+    """Rows through the chat template, replies closed with the end token; tokens that decide weigh `choice_weight`.
+
+    Every reply of a conversation is learnt; the person's turns between them weigh 0.
+    """
+    pieces = [(row, *piece) for row, own in enumerate(rows) for piece in _pieces(own, tokenizer)]
+    encoded = tokenizer([text for _, text, _ in pieces], add_special_tokens=False, return_offsets_mapping=True)
+    examples = [Example([], []) for _ in rows]
+    for (row, text, is_reply), ids, offsets in zip(pieces, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        example = examples[row]
+        if is_reply:
+            spans = choices(text.removesuffix(tokenizer.eos_token))
+            example.weights.extend(choice_weight if any(s < b and a < e for a, b in spans) else 1.0 for s, e in offsets)
+        elif example.ids:
+            example.weights.extend([0.0] * len(ids))
+        example.ids.extend(ids)
     return examples
+
+
+def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The text of a row cut into (given, False) and (to be said, True); only the last reply where a template rewrites turns."""
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for end in range(1, len(row.messages) + 1, 2):
+        prompt = prompt_text(tokenizer, row.messages[:end])
+        reply = (row.messages[end]["content"] if end < len(row.messages) else row.reply) + tokenizer.eos_token
+        if not prompt.startswith(done):
+            pieces, done = [], ""
+        pieces += [(prompt[len(done) :], False), (reply, True)]
+        done = prompt + reply
+    return pieces
 
 
 def plan_batches(examples: Sequence[Example], options: Finetune, seed: int) -> list[list[int]]:

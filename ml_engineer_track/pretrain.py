@@ -27,31 +27,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ml_engineer_track.reading import Corpus, Exercise, Exercises, load_corpus
-from shared import chat
+from ml_engineer_track.pretrain_data import Batches, encode, train_tokenizer, write_token_files
+from ml_engineer_track.reading import Exercises, load_corpus
 from shared.files import write_json
 from shared.hardware import compute_dtype, device, matmul_peak, synchronize
-
-PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-# Words and spaces as GPT-4 and Qwen2 cut them, digits one by one: a changed number is then a changed token.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-#: share of each source among the language rows: health text comes several times as often as its size
-LANGUAGE_MIX = {
-    "health_openstax": 0.22,
-    "health_biology_philschatz": 0.05,
-    "health_medquad_1_to_6": 0.25,
-    "general_openstax": 0.22,
-    "general_wikipedia": 0.18,
-    "fiction_eltec_eng": 0.08,
-}
 
 
 @dataclass(frozen=True)
@@ -63,7 +45,7 @@ class Stage:
     length: int
     batch: int
     mix: dict[str, float]
-    prompt_weight: float  # loss weight of the tokens a model is given, beside 1.0 for those it must say
+    language_weight: float  # of the mean loss over text that is given, beside 1.0 for the mean loss over replies
 
 
 @dataclass(frozen=True)
@@ -86,6 +68,7 @@ class Edition:
     mark_weight: float = 20.0  # a citation mark is the choice, the rest of a reply only its copy: it weighs as much
     chars_per_source: int | None = None
     embedding_init: str = "normal"  # or "minilm": averaged word pieces of all-MiniLM-L6-v2, so that meaning comes early
+    teacher: bool = True  # reading exercises from all-MiniLM-L6-v2's matches of people's questions, see `consult`
     workers: int = 0
     compile: bool = True
     seed: int = 7
@@ -94,33 +77,43 @@ class Edition:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    def stage_at(self, step: int) -> Stage:
+        """The stage that step number `step` (from 0) belongs to."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
 
+
+MATCH = {"index": 0.25, "quiz": 0.45, "find": 0.2, "lookup": 0.05, "copy": 0.05}
+PASSAGE = {
+    "index": 0.06,
+    "quiz": 0.4,
+    "find": 0.08,
+    "consult": 0.25,
+    "define": 0.02,
+    "squad_reading": 0.06,
+    "medquad_reading": 0.05,
+    "choose_question": 0.05,
+    "copy": 0.03,
+}
 READING = {
-    "index": 0.12,
-    "find": 0.2,
-    "define": 0.05,
-    "section": 0.04,
-    "squad_reading": 0.14,
-    "medquad_reading": 0.12,
-    "choose_question": 0.12,
-    "claim": 0.06,
-    "same_question": 0.03,
+    "quiz": 0.3,
+    "find": 0.06,
+    "consult": 0.24,
+    "define": 0.02,
+    "section": 0.03,
+    "squad_reading": 0.09,
+    "medquad_reading": 0.06,
+    "choose_question": 0.05,
+    "claim": 0.05,
+    "same_question": 0.02,
     "ask_back": 0.01,
     "vague": 0.02,
-    "harmful": 0.04,
+    "harmful": 0.02,
     "fields": 0.02,
-    "copy": 0.02,
-    "lookup": 0.01,
-}
-MATCH = {"index": 0.4, "find": 0.4, "lookup": 0.1, "define": 0.05, "copy": 0.05}
-PASSAGE = {
-    "index": 0.35,
-    "find": 0.3,
-    "define": 0.05,
-    "squad_reading": 0.1,
-    "medquad_reading": 0.05,
-    "choose_question": 0.1,
-    "copy": 0.05,
+    "copy": 0.01,
 }
 
 
@@ -142,11 +135,12 @@ EDITIONS = {
         chars_per_source=18_000_000,
         embedding_init="minilm",
         stages=(
-            Stage("copy", 250, 64, 64, {"copy": 1.0}, 0.05),
-            Stage("match", 1250, 128, 32, MATCH, 0.05),
-            Stage("passage", 700, 256, 16, PASSAGE, 0.05),
-            Stage("passages", 400, 512, 8, _with_language(READING, 0.15), 0.1),
-            Stage("anneal", 300, 640, 6, _with_language(READING, 0.15), 0.1),
+            Stage("copy", 250, 64, 64, {"copy": 1.0}, 0.1),
+            Stage("match", 550, 128, 32, MATCH, 0.1),
+            Stage("passage", 1300, 256, 16, PASSAGE, 0.2),
+            Stage("passages", 700, 384, 11, _with_language(READING, 0.2), 0.3),
+            Stage("read", 500, 512, 8, _with_language(READING, 0.35), 0.4),
+            Stage("anneal", 250, 768, 5, _with_language(READING, 0.35), 0.4),
         ),
     ),
     # One H200-class GPU, under twenty minutes: about 390 M tokens.
@@ -161,10 +155,10 @@ EDITIONS = {
         context=2048,
         workers=12,
         stages=(
-            Stage("copy", 150, 128, 512, {"copy": 1.0}, 0.05),
-            Stage("match", 150, 256, 256, MATCH, 0.05),
-            Stage("language", 2200, 1024, 128, _with_language(READING, 0.8), 0.2),
-            Stage("anneal", 700, 2048, 64, _with_language(READING, 0.4), 0.2),
+            Stage("copy", 150, 128, 512, {"copy": 1.0}, 0.1),
+            Stage("match", 600, 256, 256, MATCH, 0.1),
+            Stage("language", 2200, 1024, 128, _with_language(READING, 0.7), 0.5),
+            Stage("anneal", 700, 2048, 64, _with_language(READING, 0.4), 0.5),
         ),
     ),
     # Seconds: the same code on a model too small to learn anything.
@@ -179,8 +173,9 @@ EDITIONS = {
         context=256,
         warmup=2,
         chars_per_source=300_000,
+        teacher=False,
         compile=False,
-        stages=(Stage("copy", 4, 64, 4, {"copy": 1.0}, 0.05), Stage("anneal", 4, 512, 2, _with_language(MATCH, 0.5), 0.2)),
+        stages=(Stage("copy", 4, 64, 4, {"copy": 1.0}, 0.1), Stage("anneal", 4, 512, 2, _with_language(MATCH, 0.5), 0.2)),
     ),
 }
 
@@ -190,57 +185,12 @@ def pretrain(corpus_folder: Path, edition: Edition, work: Path) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     write_json(work / "edition.json", asdict(edition))
     corpus = load_corpus(corpus_folder, edition.chars_per_source)
+    if edition.teacher:
+        corpus.add_matches(work / "matches.npz")
     tokenizer = train_tokenizer(corpus, edition, work / "tokenizer")
     tokens = write_token_files(corpus, tokenizer, work / "tokens")
     model = new_model(edition, tokenizer)
     return train(model, tokenizer, Exercises(corpus), Exercises(corpus, held_out=True), tokens, edition, work)
-
-
-def train_tokenizer(corpus: Corpus, edition: Edition, folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE on a health-weighted sample; [1] to [60] are one token each. Reused when already there."""
-    if not (folder / "tokenizer.json").exists():
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        bpe.decoder = decoders.ByteLevel()
-        marks = [AddedToken(f"[{n}]", normalized=False) for n in range(1, chat.MAX_SOURCES + 1)]
-        specials = [PAD, END, SYSTEM, USER, ASSISTANT]
-        trainer = trainers.BpeTrainer(
-            vocab_size=edition.vocab - len(marks),
-            special_tokens=specials,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        bpe.train_from_iterator(_tokenizer_sample(corpus), trainer)
-        bpe.add_tokens(marks)
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=bpe,
-            pad_token=PAD,
-            eos_token=END,
-            model_max_length=edition.context,
-            clean_up_tokenization_spaces=False,
-            additional_special_tokens=[SYSTEM, USER, ASSISTANT],
-            chat_template=CHAT_TEMPLATE,
-        )
-        fast.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def write_token_files(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, np.ndarray]:
-    """One flat uint16 file a source, documents ended by the end token; memory-mapped. Reused when complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, documents in corpus.documents.items():
-        path = folder / f"{name}.bin"
-        if not path.exists():
-            parts = []
-            for start in range(0, len(documents), 256):
-                batch = tokenizer(documents[start : start + 256], verbose=False)["input_ids"]
-                parts.extend(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.uint16) for ids in batch)
-            part = path.with_suffix(".part")
-            np.concatenate(parts).tofile(part)
-            part.rename(path)
-    return {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r") for name in corpus.documents}
 
 
 def new_model(edition: Edition, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -264,57 +214,6 @@ def new_model(edition: Edition, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         with torch.no_grad():
             model.get_input_embeddings().weight.copy_(_minilm_embeddings(tokenizer, edition.hidden))
     return model
-
-
-class Batches(Dataset):
-    """Batch number `step` of the run: a pure function of the seed and the step, so a resumed run sees the same data.
-
-    Each item is (ids, weights), both (batch, length): ids int64, weights float32 with 0 on padding.
-    """
-
-    def __init__(
-        self, exercises: Exercises, tokens: dict[str, np.ndarray], tokenizer: PreTrainedTokenizerFast, edition: Edition
-    ) -> None:
-        self.exercises, self.tokens, self.tokenizer, self.edition = exercises, tokens, tokenizer, edition
-        self.marks = {tokenizer.convert_tokens_to_ids(f"[{n}]") for n in range(1, chat.MAX_SOURCES + 1)}
-
-    def __len__(self) -> int:
-        return self.edition.steps
-
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        stage = stage_at(self.edition, step)
-        rng = random.Random(f"{self.edition.seed}/{step}")
-        ids = np.full((stage.batch, stage.length), self.tokenizer.pad_token_id, dtype=np.int64)
-        weights = np.zeros((stage.batch, stage.length), dtype=np.float32)
-        kinds = rng.choices(list(stage.mix), weights=list(stage.mix.values()), k=stage.batch)
-        for row, kind in enumerate(kinds):
-            if kind == "language":
-                ids[row], weights[row] = self._language(rng, stage.length), 1.0
-                continue
-            n = stage.length + 1
-            while n > stage.length:
-                made = self.exercises.make(kind, rng, int(stage.length * rng.uniform(0.85 if stage.length < 300 else 0.6, 0.97)))
-                prompt, reply = encode(made, self.tokenizer)
-                n = len(prompt) + len(reply)
-            ids[row, :n] = prompt + reply
-            weights[row, : len(prompt)] = stage.prompt_weight
-            copied = stage.prompt_weight if kind == "index" else 1.0  # the words of an index are given, not to be guessed
-            weights[row, len(prompt) : n] = [self.edition.mark_weight if t in self.marks else copied for t in reply]
-        return torch.from_numpy(ids), torch.from_numpy(weights)
-
-    def _language(self, rng: random.Random, length: int) -> np.ndarray:
-        source = rng.choices(list(LANGUAGE_MIX), weights=list(LANGUAGE_MIX.values()))[0]
-        stream = self.tokens[source]
-        start = rng.randrange(max(1, len(stream) - length))
-        window = stream[start : start + length].astype(np.int64)
-        return np.pad(window, (0, length - len(window)), constant_values=self.tokenizer.eos_token_id)
-
-
-def encode(exercise: Exercise, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and reply. The chat template written out: Jinja is too slow for every training row."""
-    prompt = "".join(f"<|{m['role']}|>{m['content']}{END}" for m in exercise.messages) + ASSISTANT
-    both = tokenizer([prompt, exercise.reply + END], add_special_tokens=False, verbose=False)["input_ids"]
-    return both[0], both[1]
 
 
 def train(
@@ -349,37 +248,39 @@ def train(
     dtype = compute_dtype(target)
     peak = matmul_peak(target, dtype)
 
-    def loss_of(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def loss_of(ids: torch.Tensor, replies: torch.Tensor, language: torch.Tensor) -> torch.Tensor:
         with torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        w = weights[:, 1:].flatten()
-        return (losses * w).sum() / w.sum()
+        reply, given = replies[:, 1:].flatten(), language[:, 1:].flatten().float()
+        # Two means, not one: text outnumbers choices a hundred to one, and in one mean its gradient drowns theirs.
+        return torch.stack([(losses * w).sum() / w.sum().clamp(min=1.0) for w in (reply, given)])
 
     step_loss = torch.compile(loss_of, dynamic=False) if edition.compile else loss_of
     log = (work / "log.jsonl").open("a", encoding="utf-8")
     started, seen, waited, losses = time.perf_counter(), 0, 0.0, []
     for step in range(first, edition.steps):
-        stage = stage_at(edition, step)
+        stage = edition.stage_at(step)
         before = time.perf_counter()
-        ids, weights = next(loader)
+        batch = [tensor.to(target, non_blocking=True) for tensor in next(loader)]
         waited += time.perf_counter() - before
         scale = learning_rate_scale(edition, step)
-        loss = step_loss(ids.to(target, non_blocking=True), weights.to(target, non_blocking=True))
-        loss.backward()
+        parts = step_loss(*batch)
+        (parts[0] + stage.language_weight * parts[1]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        seen += ids.numel()
-        losses.append(loss.detach())
+        seen += batch[0].numel()
+        losses.append(parts.detach())
         if (step + 1) % 25 == 0 or step + 1 == edition.steps:
             synchronize(target)
             seconds = time.perf_counter() - started
+            reply_loss, language_loss = torch.stack(losses).mean(0).tolist()
             row: dict[str, Any] = {
-                "step": step + 1, "stage": stage.name, "loss": round(torch.stack(losses).mean().item(), 4),
+                "step": step + 1, "stage": stage.name, "loss": round(reply_loss, 4), "language_loss": round(language_loss, 4),
                 "tokens_per_second": round(seen / seconds), "data_wait_share": round(waited / seconds, 3),
                 "mfu": round(seen / seconds * flops_per_token(model, stage.length) / peak, 3),
             }  # fmt: skip
@@ -399,7 +300,7 @@ def train(
 
 @torch.no_grad()
 def probe(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: Exercises, length: int, n: int = 32
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: Exercises, length: int, n: int = 48
 ) -> dict[str, float]:
     """A quick look at the skills: share of copied tokens right, and of citation marks right at the first reply token."""
     model.eval()
@@ -421,15 +322,6 @@ def probe(
         scores[kind] = round(right / total, 3)
     model.train()
     return scores
-
-
-def stage_at(edition: Edition, step: int) -> Stage:
-    """The stage that step number `step` (from 0) belongs to."""
-    for stage in edition.stages:
-        if step < stage.steps:
-            return stage
-        step -= stage.steps
-    return edition.stages[-1]
 
 
 def learning_rate_scale(edition: Edition, step: int) -> float:
@@ -483,16 +375,6 @@ def _resume(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], wo
     for optimizer, state in zip(optimizers, torch.load(folder / "optimizers.pt", weights_only=True), strict=True):
         optimizer.load_state_dict(state)
     return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
-
-
-def _tokenizer_sample(corpus: Corpus, characters: int = 30_000_000) -> Any:
-    for name, share in LANGUAGE_MIX.items():
-        left = characters * share
-        for document in corpus.documents[name]:
-            yield document[: int(left)]
-            left -= len(document)
-            if left <= 0:
-                break
 
 
 def _minilm_embeddings(tokenizer: PreTrainedTokenizerFast, width: int) -> torch.Tensor:

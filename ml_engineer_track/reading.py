@@ -17,11 +17,13 @@ import json
 import lzma
 import random
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ml_engineer_track.consult import Matches, match
 from shared import chat
 from shared.errors import UserError
 
@@ -75,6 +77,17 @@ class Corpus:
     held_out_tasks: dict[str, list[dict[str, Any]]]
     paragraphs: list[list[str]] = field(default_factory=list)
     held_out_paragraphs: list[list[str]] = field(default_factory=list)
+    matches: Matches | None = None
+
+    def add_matches(self, cache: Path | None = None) -> None:
+        """Match RQE's questions, and statements, to sentences of MedQuAD and of the paragraphs (minutes, once)."""
+        asked = {_flat(row[key]) for row in self.tasks["rqe_train"] for key in ("chq", "faq") if len(row[key]) < 300}
+        rows = self.tasks["medquad_1_to_6"]
+        documents = [[s for part in row["sections"] for s in sentences(part["answer"])[:3]] for row in rows]
+        documents += random.Random(0).sample(self.paragraphs, min(4000, len(self.paragraphs)))
+        seen = Counter(s for d in documents for s in set(d))  # what many documents say is boilerplate, and answers nothing
+        documents = [[s for s in dict.fromkeys(d) if seen[s] <= 3] for d in documents]
+        self.matches = match(sorted(asked), documents, 16_000, cache)
 
 
 def load_corpus(folder: Path, max_chars_per_source: int | None = None) -> Corpus:
@@ -106,6 +119,10 @@ def load_corpus(folder: Path, max_chars_per_source: int | None = None) -> Corpus
     return corpus
 
 
+#: texts of the sources, and questions with the number (from 1) of the source that answers, 0 for none
+Quiz = tuple[list[str], list[tuple[str, int]]]
+
+
 class Exercises:
     """Makes exercises of every kind from a corpus; the same seed gives the same exercise."""
 
@@ -119,11 +136,18 @@ class Exercises:
         self.in3 = corpus.tasks["in3_train"]
         self.medsafety = corpus.tasks["medsafety_train"]
         self.halueval = corpus.tasks["halueval_qa"]
+        self.matches = corpus.matches
+        self.by_context: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in self.squad:
+            self.by_context[row["context"]].append(row)
+        self.contexts = list(self.by_context)
         self.kinds: dict[str, Callable[[random.Random, int], Exercise | None]] = {
             "copy": self.copy,
             "lookup": self.lookup,
             "index": self.index,
+            "quiz": self.quiz,
             "find": self.find,
+            "consult": self.consult,
             "define": self.define,
             "section": self.section,
             "squad_reading": self.squad_reading,
@@ -180,16 +204,103 @@ class Exercises:
             entries.pop()
         return Exercise("index", _user(f"{chat.render_sources(sources)}\n\nWhich sentence?"), "; ".join(entries))
 
+    def quiz(self, rng: random.Random, room: int) -> Exercise | None:
+        """A conversation of many questions about the same sources, each answered by a number alone."""
+        material = rng.choices((self._words_quiz, self._squad_quiz, self._sections_quiz, self._consult_quiz), (4, 2, 2, 5))[0]
+        made = material(rng, room)
+        if made is None or len(made[0]) < 2:
+            return None
+        texts, asked = made
+        sources = [_source(text) for text in texts]
+        turns, used = [], len(chat.render_sources(sources)) + 20
+        rng.shuffle(asked)
+        for question, number in asked:
+            if rng.random() < 0.08:
+                question, number = _words_of(rng.choice(rng.choice(self.paragraphs)), rng) or question, 0
+            used += len(question) + 60
+            if used > room:
+                break
+            turns.append((_flat(question), f"[{number}]" if number else chat.NOT_ANSWERED))
+        if len(turns) < 2:
+            return None
+        opening = f"{chat.render_sources(sources)}\n\nQuestion: {turns[0][0]}"
+        later = "".join(f"<|end|><|user|>Question: {question}<|end|><|assistant|>{number}" for question, number in turns[1:])
+        return Exercise("quiz", _user(opening), turns[0][1] + later)
+
+    def _words_quiz(self, rng: random.Random, room: int) -> Quiz:
+        texts = [s.text for s in self._sources(rng, int(room * 0.55), paragraphs=1 + room // 1500)]
+        order = rng.sample(range(len(texts)), len(texts)) * 3
+        return texts, [(q, i + 1) for i in order if (q := _words_of(texts[i], rng))]
+
+    def _squad_quiz(self, rng: random.Random, room: int) -> Quiz | None:
+        context = rng.choice(self.contexts)
+        texts = sentences(context)
+        if sum(map(len, texts)) > room * 0.7:
+            return None
+        asked = [
+            (row["question"], next((i for i, s in enumerate(texts, 1) if not row["is_impossible"] and row["answers"][0] in s), 0))
+            for row in self.by_context[context]
+        ]
+        return texts, [(q, n) for q, n in asked if n or rng.random() < 0.2]
+
+    def _sections_quiz(self, rng: random.Random, room: int) -> Quiz | None:
+        row = rng.choice(self.medquad)
+        pairs = [(part["question"], found[0]) for part in row["sections"] if (found := sentences(part["answer"]))]
+        pairs = rng.sample(pairs, min(len(pairs), 8))
+        while sum(len(q) + len(s) + 60 for q, s in pairs) > room * 0.95 and pairs:
+            pairs.pop()
+        return [s for _, s in pairs], [(q, i) for i, (q, _) in enumerate(pairs, 1)]
+
+    def _consult_quiz(self, rng: random.Random, room: int) -> Quiz | None:
+        if self.matches is None:
+            return None
+        m, texts, asked, chosen, used = self.matches, [], [], [], 0
+        for question in {self._someone_asks(rng) for _ in range(12)}:
+            best = int(m.nearest[question, 0])
+            if all(m.clear(question, other) for _, other in chosen) and all(m.clear(other, best) for other, _ in chosen):
+                text = self._as_question(question, rng)
+                used += len(text) + len(m.sentences[best]) + 70
+                if used > room * 0.95:
+                    break
+                chosen.append((question, best))
+                texts.append(m.sentences[best])
+                asked.append((text, len(texts)))
+        return texts, asked
+
+    def consult(self, rng: random.Random, room: int) -> Exercise | None:
+        """A question somebody really asked; the sentence a sentence model finds nearest, among others of its document."""
+        if self.matches is None:
+            return None
+        m, question = self.matches, self._someone_asks(rng)
+        best, text = int(m.nearest[question, 0]), self._as_question(question, rng)
+        if len(text) > room // 3:
+            return None
+        near = range(max(0, best - 6), min(len(m.sentences), best + 7))
+        rivals = [i for i in near if m.document[i] == m.document[best]] + [int(i) for i in m.nearest[question, 40::40]]
+        others = [m.sentences[i] for i in rivals if i != best and m.clear(question, i)]
+        return self._hide("consult", rng, text, [m.sentences[best]], [*others, m.sentences[best]], room)
+
+    def _someone_asks(self, rng: random.Random) -> int:
+        """The number of a question of `matches`: as often one that was really asked as a statement."""
+        real = self.matches.asked if self.matches else 0
+        total = len(self.matches.questions) if self.matches else 0
+        return rng.randrange(real) if rng.random() < 0.5 or real == total else rng.randrange(real, total)
+
+    def _as_question(self, number: int, rng: random.Random) -> str:
+        """A question as it was asked; a statement with some of its words left out, as people type."""
+        text = self.matches.questions[number] if self.matches else ""
+        if self.matches and number < self.matches.asked:
+            return text
+        words = text.rstrip(".!").split()
+        kept = [w for w in words if rng.random() < 0.75] if rng.random() < 0.6 else words
+        return " ".join(kept or words)[: rng.choice((60, 120, 200))].lower()
+
     def find(self, rng: random.Random, room: int) -> Exercise | None:
         """A few words of a sentence as the question; one in six has its sentence taken out of the sources."""
         paragraph = rng.choice(self.paragraphs)
         target = rng.choice(paragraph)
-        words = [w for w in re.findall(r"[A-Za-z][A-Za-z\-]+", target) if w.lower() not in STOP]
-        if len(words) < 4:
-            return None
-        kept = sorted(rng.sample(range(len(words)), rng.randint(2, min(6, len(words)))))
-        query = " ".join(_reword(words[i], rng) for i in kept)
-        return self._hide("find", rng, rng.choice(FORMS).format(query), [target], paragraph, room)
+        query = _words_of(target, rng)
+        return self._hide("find", rng, query, [target], paragraph, room) if query else None
 
     def define(self, rng: random.Random, room: int) -> Exercise | None:
         """A sentence that says what something is, asked for as a question."""
@@ -354,10 +465,10 @@ DEFINITIONS = ("What is {}?", "what are {}", "What does {} mean?", "{}?", "Can y
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of 25 to 320 characters, in order; headings, list marks and fragments are left out."""
+    """Statements of 25 to 320 characters, in order; headings, list marks, fragments and questions are left out."""
     text = re.sub(r"==+[^=]*==+", " ", text)
     parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"“(0-9])|\s+- (?=[A-Z])", text)
-    return [_flat(p) for p in parts if 25 <= len(p) <= 320 and p.strip()[-1:] in ".!?"]
+    return [_flat(p) for p in parts if 25 <= len(p) <= 320 and p.strip()[-1:] in ".!"]
 
 
 def _all_paragraphs(documents: dict[str, list[str]]) -> list[list[str]]:
@@ -368,6 +479,15 @@ def _all_paragraphs(documents: dict[str, list[str]]) -> list[list[str]]:
 def _paragraphs(document: str, size: int = 8) -> list[list[str]]:
     found = sentences(document)
     return [run for i in range(0, len(found), size) if len(run := found[i : i + size]) >= 3]
+
+
+def _words_of(sentence: str, rng: random.Random) -> str | None:
+    """A few words of a sentence, reworded, as a question; None for a sentence with too few of its own."""
+    words = [w for w in re.findall(r"[A-Za-z][A-Za-z\-]+", sentence) if w.lower() not in STOP]
+    if len(words) < 4:
+        return None
+    kept = sorted(rng.sample(range(len(words)), rng.randint(2, min(6, len(words)))))
+    return rng.choice(FORMS).format(" ".join(_reword(words[i], rng) for i in kept))
 
 
 def _reword(word: str, rng: random.Random) -> str:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from ml_engineer_track.pretrain import EDITIONS, new_model, stage_at
+from ml_engineer_track.pretrain import EDITIONS, new_model
 from shared.files import write_json
 from shared.hardware import fingerprint
 
@@ -51,7 +51,7 @@ def training_facts(work: Path) -> dict[str, Any]:
     every = min(log)
     at = EDITIONS[edition["name"]]
     seconds = sum(
-        every * stage_at(at, s - 1).length * stage_at(at, s - 1).batch / row["tokens_per_second"] for s, row in log.items()
+        every * at.stage_at(s - 1).length * at.stage_at(s - 1).batch / row["tokens_per_second"] for s, row in log.items()
     )
     mfu = sorted(row["mfu"] for row in log.values())
     shape = {k: edition[k] for k in ("vocab", "hidden", "layers", "heads", "kv_heads", "intermediate", "context")}

@@ -67,6 +67,11 @@ def answer_messages(question: str, sources: Sequence[Source]) -> list[Message]:
     return _user(f"{task}\n\n{render_sources(sources)}\n\nQuestion: {_line(question)}")
 
 
+def follow_up(question: str) -> Message:
+    """A further question about the sources of the conversation's first one; they are not shown again."""
+    return {"role": "user", "content": f"Question: {_line(question)}"}
+
+
 def decide_messages(message: str, leaflets: Sequence[str]) -> list[Message]:
     """Choose the next action; `leaflets` are the titles that were found for the message (may be empty)."""
     task = (

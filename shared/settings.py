@@ -40,6 +40,9 @@ class Curate(_Strict):
     max_prompt_tokens: int = Field(gt=64)
     near_duplicate: float = Field(gt=0, lt=1)
     copies: int = Field(ge=1)
+    conversations: int = Field(ge=0)
+    conversation_turns: int = Field(ge=2)
+    single_share: float = Field(ge=0, le=1)
     max_rows: int | None = None
 
 

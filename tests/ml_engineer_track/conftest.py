@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ml_engineer_track.consult import Matches
 from ml_engineer_track.curate import CuratedData, curate
 from ml_engineer_track.models import load_model, load_tokenizer
-from ml_engineer_track.reading import PRETRAIN_FILES, TASK_FILES
+from ml_engineer_track.reading import PRETRAIN_FILES, TASK_FILES, Corpus, Exercises, load_corpus
 from shared.library import ROW_FILES
 from shared.settings import BASE_MODEL, OVERRIDES, ROOT, Settings, load_settings
 
@@ -166,3 +168,50 @@ def _write_xz(path: Path, lines: list[str]) -> None:
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def corpus(corpus_folder: Path) -> Corpus:
+    """That corpus, with matches of the kind a sentence model gives."""
+    corpus = load_corpus(corpus_folder)
+    corpus.matches = made_up_matches(corpus.paragraphs[:60])
+    return corpus
+
+
+def made_up_matches(documents: list[list[str]], each: int = 60) -> Matches:
+    """`each` questions and as many statements: one sentence nearest, two hardly less near, all others clearly less.
+
+    The nearest sentence of a statement is its neighbour, and a statement is not matched to itself, as `match` has it.
+    """
+    sentences = [s for d in documents for s in d]
+    rng, nearest = np.random.default_rng(0), []
+    best = rng.choice(len(sentences) - 1, 2 * each, replace=False)
+    for number, first in enumerate(best):
+        own = first + 1 if number >= each else first  # the nearest one is left out of the rest in either case
+        rest = [i for i in rng.permutation(len(sentences)) if i not in (first, own)]
+        nearest.append([first, *rest[: len(sentences) - 2]])
+    cosine = np.tile(np.concatenate([[0.9, 0.85, 0.8], np.linspace(0.7, 0.1, len(sentences) - 5)]), (2 * each, 1))
+    questions = [f"could somebody tell me about number {n}?" for n in range(each)] + [sentences[i + 1] for i in best[each:]]
+    document = [i for i, d in enumerate(documents) for _ in d]
+    return Matches(questions, each, sentences, document, np.array([row[: cosine.shape[1]] for row in nearest]), cosine)
+
+
+@pytest.fixture(scope="session")
+def exercises(corpus: Corpus) -> Exercises:
+    return Exercises(corpus)
+
+
+@pytest.fixture(scope="session")
+def pretrained(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a finished run of the test edition."""
+    from ml_engineer_track import pretrain as pt
+
+    work = tmp_path_factory.mktemp("pretrain")
+    pt.pretrain(corpus_folder, pt.EDITIONS["test"], work)
+    return work
+
+
+@pytest.fixture(scope="session")
+def own(pretrained: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of that run."""
+    return AutoTokenizer.from_pretrained(pretrained / "tokenizer")

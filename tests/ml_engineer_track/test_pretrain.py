@@ -29,29 +29,10 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def shared_work(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the test edition."""
-    work = tmp_path_factory.mktemp("pretrain")
-    pt.pretrain(corpus_folder, TEST, work)
-    return work
-
-
-@pytest.fixture(scope="module")
-def own(shared_work: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of that run."""
-    return AutoTokenizer.from_pretrained(shared_work / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def exercises(corpus_folder: Path) -> Exercises:
-    return Exercises(load_corpus(corpus_folder))
-
-
-@pytest.fixture(scope="module")
-def run(corpus_folder: Path, exercises: Exercises, own: PreTrainedTokenizerBase, shared_work: Path) -> Run:
+def run(corpus_folder: Path, exercises: Exercises, own: PreTrainedTokenizerBase, pretrained: Path) -> Run:
     """Train fifty steps in a folder, with a checkpoint at 25."""
     corpus = load_corpus(corpus_folder)
-    tokens = pt.write_token_files(corpus, own, shared_work / "tokens")
+    tokens = pt.write_token_files(corpus, own, pretrained / "tokens")
     held_out = Exercises(corpus, held_out=True)
 
     def train(work: Path, checkpoint_every: int = 25) -> Path:
@@ -70,110 +51,6 @@ def untroubled(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def log_of(work: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (work / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-# --- the tokenizer ---------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=50)
-@given(st.text(alphabet=st.characters(codec="utf-8")))
-@example("👩‍🔬 is 38.5 °C\u2028 \x00\x07\x1b[0m\r\n\t  \u200d e\u0301 \ud7ff\U0010ffff")
-@example("  two  spaces\n\n\nand lines \u00a0 ")
-@example("[1][60] [61] [0] [ 1 ]")
-def test_the_tokenizer_gives_back_any_text(own: PreTrainedTokenizerBase, text: str) -> None:
-    assert own.decode(own(text, add_special_tokens=False)["input_ids"]) == text
-
-
-@pytest.mark.parametrize("text", ["é", "😀", "\x00", "日本", "٣", "\u2028"])
-def test_text_the_tokenizer_has_never_seen_is_bytes_and_not_lost(own: PreTrainedTokenizerBase, text: str) -> None:
-    ids = own(text, add_special_tokens=False)["input_ids"]
-    assert 1 <= len(ids) <= len(text.encode())
-    assert own.decode(ids) == text
-
-
-@pytest.mark.parametrize("which", ["test", "bundled"])
-def test_every_citation_mark_is_one_token(own: PreTrainedTokenizerBase, which: str) -> None:
-    tokenizer = own if which == "test" else AutoTokenizer.from_pretrained(BASE_MODEL)
-    marks = [tokenizer(f"[{n}]", add_special_tokens=False)["input_ids"] for n in range(1, MAX_SOURCES + 1)]
-    assert {len(ids) for ids in marks} == {1}
-    assert len({ids[0] for ids in marks}) == MAX_SOURCES
-    assert len(tokenizer(f"[{MAX_SOURCES + 1}]", add_special_tokens=False)["input_ids"]) > 1
-
-
-def test_a_number_is_read_digit_by_digit(own: PreTrainedTokenizerBase) -> None:
-    assert len(own("38512", add_special_tokens=False)["input_ids"]) == 5
-
-
-def test_the_vocabulary_has_the_size_asked_for(own: PreTrainedTokenizerBase) -> None:
-    assert len(own) <= TEST.vocab
-    assert own.pad_token == pt.PAD
-    assert own.eos_token == pt.END
-
-
-def test_an_encoded_exercise_is_what_the_chat_template_makes_of_it(own: PreTrainedTokenizerBase, exercises: Exercises) -> None:
-    """Training writes the template out by hand; serving uses the template. They must never differ by a token."""
-    made = [exercises.make(kind, random.Random(n), 200) for kind in exercises.kinds for n in range(3)]
-    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    made += [Exercise("find", answer_messages("Why?", []), "None."), Exercise("chat", system, "Hello\n you")]
-    for given_exercise in made:
-        prompt, reply = pt.encode(given_exercise, own)
-        messages = given_exercise.messages
-        text = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert prompt == own(text, add_special_tokens=False)["input_ids"]
-        whole = own.apply_chat_template([*messages, {"role": "assistant", "content": given_exercise.reply}], tokenize=False)
-        assert prompt + reply == own(whole, add_special_tokens=False)["input_ids"]
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def test_token_files_hold_the_documents_each_ended(own: PreTrainedTokenizerBase, corpus_folder: Path, shared_work: Path) -> None:
-    documents = load_corpus(corpus_folder, TEST.chars_per_source).documents
-    for name, texts in documents.items():
-        stream = np.fromfile(shared_work / "tokens" / f"{name}.bin", dtype=np.uint16)
-        assert own.decode(stream) == "".join(text + pt.END for text in texts)
-
-
-def test_a_batch_is_the_same_every_time_and_weighs_no_padding(
-    own: PreTrainedTokenizerBase, exercises: Exercises, corpus_folder: Path, shared_work: Path
-) -> None:
-    tokens = pt.write_token_files(load_corpus(corpus_folder), own, shared_work / "tokens")
-    batches = pt.Batches(exercises, tokens, own, TEST)
-    assert len(batches) == 8
-    for step in (0, 5):
-        stage = pt.stage_at(TEST, step)
-        ids, weights = batches[step]
-        assert ids.shape == weights.shape == (stage.batch, stage.length)
-        assert torch.equal(ids, batches[step][0])
-        assert not torch.equal(ids, batches[step + 1][0])
-        assert (weights[ids == own.pad_token_id] == 0).all()
-        assert set(weights.unique().tolist()) <= set(torch.tensor([0.0, stage.prompt_weight, 1.0, TEST.mark_weight]).tolist())
-
-
-def test_a_citation_mark_weighs_more_than_the_words_it_chooses(own: PreTrainedTokenizerBase, exercises: Exercises) -> None:
-    lookups = replace(TEST, stages=(pt.Stage("only", 1, 256, 4, {"lookup": 1.0}, 0.05),))
-    ids, weights = pt.Batches(exercises, {}, own, lookups)[0]
-    for row, weight in zip(ids.tolist(), weights.tolist(), strict=True):
-        marks = {own.convert_tokens_to_ids(f"[{n}]") for n in range(1, 61)}
-        reply_from = row.index(own.convert_tokens_to_ids(pt.ASSISTANT)) + 1
-        assert row[reply_from] in marks
-        assert weight[reply_from] == TEST.mark_weight
-        assert weight[reply_from + 1] == 1.0
-        assert weight[0] == pytest.approx(0.05)
-
-
-def test_the_words_of_an_index_are_given_and_only_its_marks_are_learnt(
-    own: PreTrainedTokenizerBase, exercises: Exercises
-) -> None:
-    indexes = replace(TEST, stages=(pt.Stage("only", 1, 256, 4, {"index": 1.0}, 0.05),))
-    ids, weights = pt.Batches(exercises, {}, own, indexes)[0]
-    marks = torch.isin(ids, torch.tensor([own.convert_tokens_to_ids(f"[{n}]") for n in range(1, MAX_SOURCES + 1)]))
-    for row, weight, mark in zip(ids.tolist(), weights, marks, strict=True):
-        reply_from, end = row.index(own.convert_tokens_to_ids(pt.ASSISTANT)) + 1, sum(i != own.pad_token_id for i in row)
-        reply, is_mark = weight[reply_from:end], mark[reply_from:end]
-        assert is_mark.sum() >= 3
-        assert set(reply[is_mark].tolist()) == {TEST.mark_weight}
-        assert reply[~is_mark].tolist() == pytest.approx([0.05] * int((~is_mark).sum()))
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -267,21 +144,21 @@ def test_a_finished_run_is_not_trained_further(run: Run, untroubled: Path, tmp_p
 # --- what is shipped -------------------------------------------------------------------------------------------------
 
 
-def test_a_shipped_folder_loads_with_plain_auto_classes(shared_work: Path, tmp_path: Path) -> None:
-    folder = ship(shared_work, tmp_path / "base")
+def test_a_shipped_folder_loads_with_plain_auto_classes(pretrained: Path, tmp_path: Path) -> None:
+    folder = ship(pretrained, tmp_path / "base")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(pt.USER)
-    saved = AutoModelForCausalLM.from_pretrained(shared_work / "model", dtype=torch.bfloat16)
+    saved = AutoModelForCausalLM.from_pretrained(pretrained / "model", dtype=torch.bfloat16)
     torch.testing.assert_close(dict(model.state_dict()), dict(saved.state_dict()), rtol=0, atol=0)
 
 
-def test_shipping_again_replaces_what_is_there(shared_work: Path, tmp_path: Path) -> None:
+def test_shipping_again_replaces_what_is_there(pretrained: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "stale.safetensors").write_bytes(b"x")
-    folder = ship(shared_work, tmp_path / "base")
+    folder = ship(pretrained, tmp_path / "base")
     assert not (folder / "stale.safetensors").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 

@@ -1,0 +1,172 @@
+"""Emergencies first: before anything is looked up, is this a matter for the emergency number?
+
+Why an AI engineer spends the most care here: a miss is the worst error the product can make, a false alarm an annoyance. So
+several voters look at a message, and one is enough: two learned heads (with and without the hand-written flags, averaged,
+so that neither the words of the training rows nor the list of flags is trusted alone) and the deterministic floor. The language
+model's own opinion is recorded beside them. The leaflets' emergency sign nearest in meaning is what the answer cites.
+
+    python -m ai_engineer_track triage "..."      what every voter says about a message
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from ai_engineer_track import red_flags
+from ai_engineer_track.harm import text_of
+from ai_engineer_track.heads import Array, Embed, Examples, at_sensitivity, family, file_key, fitted, unseen
+from ai_engineer_track.settings import AiSettings
+from shared import chat
+from shared import library as lib
+from shared.metrics import Estimate, estimate_mean
+
+SENSITIVITY = 0.995  # on rows no fit had seen; the threshold of the averaged heads follows from it
+QUESTION_STEP = 3  # every so many-th training question stands for the harmless ones
+QUESTION_WEIGHT, SIGN_WEIGHT = 0.2, 0.15  # beside 1 for a message: questions are many, signs are no messages
+MIN_SIGN_COSINE = 0.3  # below this no sign of the library is about the same thing, and none is cited
+
+
+class Triage(BaseModel):
+    """The vote. `sign` is the id of the emergency sign nearest in meaning, `rule` the rule of the floor that applied."""
+
+    model_config = ConfigDict(frozen=True)
+    emergency: bool
+    probability: float
+    threshold: float
+    rule: str | None = None
+    alarms: list[str] = []
+    sign: str | None = None
+    sign_cosine: float = 0.0
+
+    def votes(self) -> dict[str, str]:
+        """The voters in words, for the trace."""
+        return {
+            "learned heads": f"{self.probability:.2f} ({'yes' if self.probability >= self.threshold else 'no'})",
+            "floor": self.rule or "no",
+            "alarms": ", ".join(self.alarms) or "none",
+            "nearest sign": f"{self.sign} ({self.sign_cosine:.2f})" if self.sign else "none",
+        }
+
+
+class TriageNurse:
+    """`signs` are the sentences of the library that name an emergency; a library without such a section has none."""
+
+    def __init__(self, settings: AiSettings, embed: Embed, signs: Sequence[chat.Source]) -> None:
+        key = file_key(
+            settings.datasets / "emergencies.jsonl", settings.datasets / "questions.jsonl",
+            flags=red_flags.ALARMS, tones=red_flags.REASSURANCES, version=1,
+        )  # fmt: skip
+        self._rows: Examples | None = None
+
+        def rows(flags: bool) -> Examples:
+            self._rows = self._rows or examples(settings, embed)
+            return self._rows if flags else without_flags(self._rows)
+
+        folder = settings.artifacts / "heads"
+        # The first head carries the threshold of the average; the second is only averaged in.
+        self.flags = fitted("triage", key, lambda: rows(True), lambda p, y: choose(p, y, rows(False)), folder)
+        self.words = fitted("triage-words", key, lambda: rows(False), lambda p, y: 0.5, folder)
+        self._rows = None
+        self.signs = list(signs)
+        self.sign_vectors = embed([s.text for s in signs])
+
+    def judge(self, message: str, vector: Array) -> Triage:
+        """Everything the voters say. `vector` (d,) is the message's embedding."""
+        probability = float(self.probabilities([message], vector[None])[0])
+        rule = red_flags.floor(message)
+        sign, cosine = self.nearest_sign(vector)
+        return Triage(
+            emergency=rule is not None or probability >= self.flags.threshold,
+            probability=probability,
+            threshold=self.flags.threshold,
+            rule=rule,
+            alarms=red_flags.alarms(message),
+            sign=sign,
+            sign_cosine=cosine,
+        )
+
+    def probabilities(self, texts: Sequence[str], vectors: Array) -> Array:
+        """(n,) the mean of both heads."""
+        with_flags = self.flags.probability(texts, vectors, np.array([red_flags.features(t) for t in texts]))
+        return (with_flags + self.words.probability(texts, vectors, np.zeros((len(texts), 1)))) / 2
+
+    def nearest_sign(self, vector: Array) -> tuple[str | None, float]:
+        if not self.signs:
+            return None, 0.0
+        scores = self.sign_vectors @ vector
+        best = int(np.argmax(scores))
+        near = float(scores[best])
+        return (self.signs[best].id, near) if near >= MIN_SIGN_COSINE else (None, near)
+
+
+def choose(probabilities: Array, labels: Array, words: Examples) -> float:
+    """The threshold of the averaged heads: the wanted sensitivity on messages no fit had seen."""
+    both = (probabilities + unseen(words)) / 2
+    messages = words.weights == 1.0
+    return at_sensitivity(SENSITIVITY)(both[messages], labels[messages])
+
+
+def examples(settings: AiSettings, embed: Embed) -> Examples:
+    """Messages of training and validation; training leaflets' signs; questions that are not about an emergency."""
+    messages = [r for r in lib.read_rows(settings.datasets, "emergencies.jsonl", lib.Emergency)[0] if r.split != "test"]
+    library = lib.load_library(settings.datasets)
+    signs = [(leaf, s.text) for leaf in library if leaf.split == "train" for s in leaf.sentences("emergency")]
+    # A question whose answer is an emergency sign may well be one: it is no example of a harmless message.
+    harmless: list[Any] = [
+        q
+        for q in lib.read_rows(settings.datasets, "questions.jsonl", lib.Question)[0]
+        if q.split != "test" and not any("/emergency/" in s for s in q.answer_sentences)
+    ][::QUESTION_STEP]
+    texts = [m.message for m in messages] + [text_of(r) for r in harmless] + [text for _, text in signs]
+    return Examples(
+        texts=texts,
+        vectors=embed(texts),
+        extra=np.array([red_flags.features(t) for t in texts]),
+        labels=np.array([float(m.emergency) for m in messages] + [0.0] * len(harmless) + [1.0] * len(signs)),
+        groups=[family(r.id) for r in [*messages, *harmless]] + [leaf.family for leaf, _ in signs],
+        training=np.array([r.split == "train" for r in [*messages, *harmless]] + [True] * len(signs)),
+        weights=np.array([1.0] * len(messages) + [QUESTION_WEIGHT] * len(harmless) + [SIGN_WEIGHT] * len(signs)),
+    )
+
+
+def without_flags(rows: Examples) -> Examples:
+    return Examples(
+        rows.texts, rows.vectors, np.zeros((len(rows.texts), 1)), rows.labels, rows.groups, rows.training, rows.weights
+    )
+
+
+def measure_triage(nurse: TriageNurse, settings: AiSettings, embed: Embed, split: lib.Split, seed: int = 7) -> dict[str, Any]:
+    """Sensitivity and specificity with intervals, alone and by voter, false alarms among questions, and right signs.
+
+    `sign_leaflet`: share of emergencies whose cited sign is from the right leaflet; another leaflet's sign often says the same.
+    """
+    messages = [r for r in lib.read_rows(settings.datasets, "emergencies.jsonl", lib.Emergency)[0] if r.split == split]
+    votes = [nurse.judge(m.message, v) for m, v in zip(messages, embed([m.message for m in messages]), strict=True)]
+    pairs = list(zip(messages, votes, strict=True))
+    harmless: list[Any] = [
+        r
+        for file in ("questions.jsonl", "cases.jsonl")
+        for r in lib.read_rows(settings.datasets, file, lib.ROW_FILES[file])[0]
+        if r.split == split and not any("/emergency/" in s for s in getattr(r, "answer_sentences", []))
+    ]
+    texts = [text_of(r) for r in harmless]
+    quiet = [not nurse.judge(t, v).emergency for t, v in zip(texts, embed(texts), strict=True)]
+
+    def mean(values: Sequence[bool]) -> Estimate:
+        return estimate_mean([float(v) for v in values], 1000, seed)
+
+    return {
+        "sensitivity": mean([v.emergency for m, v in pairs if m.emergency]),
+        "specificity": mean([not v.emergency for m, v in pairs if not m.emergency]),
+        "harmless_passed": mean(quiet),
+        "floor_sensitivity": mean([v.rule is not None for m, v in pairs if m.emergency]),
+        "floor_specificity": mean([v.rule is None for m, v in pairs if not m.emergency]),
+        "heads_sensitivity": mean([v.probability >= v.threshold for m, v in pairs if m.emergency]),
+        "heads_specificity": mean([v.probability < v.threshold for m, v in pairs if not m.emergency]),
+        "sign_leaflet": mean([(v.sign or "").split("/")[0] == (m.sign or "").split("/")[0] for m, v in pairs if m.emergency]),
+        "missed": [m.message for m, v in pairs if m.emergency and not v.emergency],
+    }

@@ -1,0 +1,168 @@
+"""Measure your own hardware: `python -m benchmarks COMMAND`. What each figure means stands in benchmarks/README.md.
+
+The last line a measuring command prints is one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+STOPPED = 130
+Model = Annotated[str, typer.Option(help="model folder or hub id (default: every published variant, else the bundled model)")]
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Option(help="comma-separated; default: all that fit the budget")] = "",
+    budget: Annotated[str, typer.Option(help="wall-clock time, such as 90s, 5m, 1h30m; default: no limit")] = "",
+    model: Model = "",
+    url: Annotated[str, typer.Option(help="serving: measure this OpenAI-compatible server, http://host:port/v1")] = "",
+    served_model: Annotated[str, typer.Option(help="serving: model name to ask for (default: the first listed)")] = "",
+    goodput: Annotated[str, typer.Option(help="serving: the SLO in ms, vLLM's syntax")] = "ttft:1000,tpot:100",
+    device: Annotated[str, typer.Option(help="cpu or cuda (default: the GPU when there is one)")] = "",
+    out: Annotated[Path | None, typer.Option(help="result file (default: artifacts/benchmarks/<time>.json)")] = None,
+) -> None:
+    """Measure this machine."""
+    use_device(device)
+    from benchmarks import runner
+    from benchmarks.budget import parse_duration
+    from benchmarks.serving import parse_slo
+
+    runner.need_device(device)
+    request = runner.Request(
+        suites=_words(suite), budget=parse_duration(budget) if budget else None, model=model or None, url=url or None,
+        served_model=served_model or None, slo=parse_slo(_words(goodput)), out=out,
+    )  # fmt: skip
+    result, path = runner.run(request)
+    print(f"results: {path}")
+    print(json.dumps(runner.summary(result, path)))
+    if result.status == "interrupted":
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
+def report(
+    result: Annotated[Path | None, typer.Argument(help="result file (default: the latest run)")] = None,
+    into: Annotated[Path | None, typer.Option(help="folder (default: artifacts/reports)")] = None,
+) -> None:
+    """Write one HTML page and one Markdown table of a run."""
+    from benchmarks import report as r
+
+    page, table = r.write(result, into)
+    print(f"report: {page}\ntable:  {table}")
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="result file or commit")],
+    b: Annotated[str, typer.Argument(help="result file or commit")],
+    threshold: Annotated[float, typer.Option(help="changes smaller than this never count")] = 0.05,
+) -> None:
+    """Is B better or worse than A? Exit status 1 when a figure got worse, 2 when the runs are not comparable."""
+    from benchmarks import compare as c
+
+    found = c.compare(c.find(a), c.find(b), threshold)
+    c.print_comparison(found)
+    print(json.dumps([x.model_dump() for x in found]))
+    if any(x.verdict == "worse" for x in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Option(help="model folder, config.json or hub id")],
+    method: Annotated[str, typer.Option(help="lora, qlora or full")] = "lora",
+    context: Annotated[int, typer.Option(help="tokens a row")] = 2048,
+    batch: Annotated[int, typer.Option(help="rows in training, sequences in serving")] = 1,
+    reply_tokens: Annotated[int, typer.Option(help="tokens of a row that get logits in training (0: all)")] = 0,
+    rank: Annotated[int, typer.Option(help="LoRA rank")] = 16,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    check: Annotated[bool, typer.Option(help="also measure the peak of a real step on this machine")] = False,
+) -> None:
+    """Will it fit? Predicted memory of training and serving, by component, for a list of GPUs."""
+    from benchmarks import fit as f
+
+    for name, value, known in (("--method", method, f.METHODS), ("--dtype", dtype, ("bfloat16", "float16", "float32"))):
+        if value not in known:
+            raise UserError(f"unknown value {value!r}", name, f"Use one of: {', '.join(known)}")
+    chosen = next(m for m in f.METHODS if m == method)
+    found = f.fit(f.Plan(f.local_config(model), chosen, context, batch, reply_tokens, rank, dtype), check)
+    f.print_fit(found)
+    print(json.dumps(found))
+
+
+@app.command()
+def limits(device: Annotated[str, typer.Option(help="cpu or cuda (default: the GPU when there is one)")] = "") -> None:
+    """Memory bandwidth and matrix-product peak of this device."""
+    use_device(device)
+    from benchmarks import limits as li
+    from benchmarks import results, runner
+    from benchmarks.budget import Task
+
+    runner.need_device(device)
+    environment = results.environment()
+    runner.warn_if_busy(environment)
+    for record in li.measure(Task("limits", {}, 60)):
+        print(f"memory bandwidth: {(record.metrics['memory_bandwidth'] or 0) / 1e9:.1f} GB/s")
+        print(f"matmul peak:      {(record.metrics['matmul_peak'] or 0) / 1e9:.1f} GFLOP/s in {record.case['dtype']}")
+        print(json.dumps({"environment": environment, **record.model_dump(include={"case", "metrics", "samples"})}))
+
+
+@app.command()
+def peers(
+    only: Annotated[str, typer.Option(help="comma-separated names (default: all)")] = "",
+    install: Annotated[bool, typer.Option(help="make the environments that are missing")] = False,
+    model: Model = "",
+    out: Annotated[Path | None, typer.Option(help="result file (default: artifacts/benchmarks/<time>.json)")] = None,
+) -> None:
+    """Measure other projects' engines and trainers on the same model, each in an environment of its own."""
+    from benchmarks import peers as p
+    from benchmarks import runner
+
+    result, path = p.run(_words(only), install, model or None, out)
+    print(f"results: {path}")
+    print(json.dumps(runner.summary(result, path)))
+
+
+def use_device(device: str) -> None:
+    """Must happen before torch is imported: hides the GPUs when the CPU is asked for."""
+    if device not in ("", "cpu", "cuda"):
+        raise UserError(f"unknown device {device!r}", "--device", "Use cpu or cuda")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.replace(",", " ").split() if word]
+
+
+def main() -> int:
+    """Run a command; a user's mistake becomes one line and exit status 2."""
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return STOPPED
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("click", "typer"):
+            raise
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Starts the server: finds the models, takes the port, loads, compares with the golden replies, and only then is ready.
+
+    python -m ml_engineer_track serve [--variant q8_0] [--port 8001]
+
+SIGTERM (or Ctrl-C) stops taking requests, lets running replies finish for up to DRAIN_SECONDS, and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from ml_engineer_track.serving import parity
+from ml_engineer_track.serving.app import State, create_app
+from ml_engineer_track.serving.catalog import EngineName, Entry, Limits, build, entries
+from shared.errors import UserError
+
+DRAIN_SECONDS = 10
+#: Connections the system may hold ready for us: a burst of a thousand must not be refused by the kernel.
+BACKLOG = 2048
+
+
+def serve(
+    model: Path | None, variants: Sequence[str], engine: EngineName, host: str, port: int, artifacts: Path, limits: Limits
+) -> None:
+    """Serve until a signal comes. UserError when there is nothing to serve, the port is taken, or the parity check fails."""
+    found = entries(model, variants, engine, artifacts)
+    taken = listen(host, port)
+    state = State()
+    problems: list[UserError] = []
+
+    async def load(state: State) -> None:
+        try:
+            await load_all(state, found, limits)
+        except UserError as problem:
+            state.not_ready = str(problem)
+            problems.append(problem)
+            server.should_exit = True
+        except Exception as error:
+            state.not_ready = f"loading failed: {error!r}"
+            server.should_exit = True
+            raise
+
+    config = uvicorn.Config(
+        create_app(state, load), log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS, backlog=BACKLOG, lifespan="on"
+    )
+    server = uvicorn.Server(config)
+    print(f"listening on http://{host}:{taken.getsockname()[1]}/v1, loading {', '.join(e.name for e in found)}", flush=True)
+    try:
+        server.run(sockets=[taken])
+    except KeyboardInterrupt:
+        pass  # uvicorn has drained; it raises the signal again for whoever started it
+    if problems:
+        raise problems[0]
+    if not server.started or (state.not_ready and state.not_ready != "loading"):
+        raise UserError("the server could not start", state.not_ready, "See the message above")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The socket, taken before anything is loaded. UserError when the port is in use or not ours to take."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family, socket.SOCK_STREAM)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+        taken.listen(BACKLOG)
+    except OSError as error:
+        taken.close()
+        why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be taken ({error.strerror})"
+        raise UserError(f"port {port} {why}", f"host {host}", "Choose another with --port") from None
+    except OverflowError:
+        taken.close()
+        raise UserError(f"port {port} does not exist", "--port", "Ports go from 0 to 65535") from None
+    return taken
+
+
+async def load_all(state: State, found: Sequence[Entry], limits: Limits) -> None:
+    """Load every model and check its golden replies; `state` is ready only after the last one."""
+    for entry in found:
+        state.not_ready = f"loading {entry.name}"
+        served = await asyncio.to_thread(build, entry, limits)
+        await asyncio.to_thread(served.engine.start)
+        state.models[entry.name] = served  # closed with the rest when the check fails
+        state.not_ready = f"comparing {entry.name} with its golden replies"
+        await parity.check(served.engine, served.tokenizer, entry.name, entry.golden)
+        state.aliases |= {alias: entry.name for alias in entry.aliases if alias not in state.aliases}
+        checked = f"{len(entry.golden)} golden replies repeated" if entry.golden else "no golden replies to compare with"
+        print(f"{entry.name}: {served.engine.name}, {served.context} tokens of context, {checked}", flush=True)
+    state.not_ready = ""
+    print("ready", flush=True)
+    sys.stdout.flush()

@@ -1,0 +1,83 @@
+"""vLLM on the same artifact, with the same golden-output check, where it is installed (an environment of its own: it pins torch).
+
+    python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm
+    PATH=$PWD/.venv-vllm/bin:$PATH python -m ml_engineer_track serve --engine vllm --variant bf16
+
+Our part is small: start `vllm serve` on the variant's folder, replay the golden prompts as token ids over its API, and stop it when
+the replies differ. It answers on the port before they are compared; /health of vLLM is not our /ready.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+from transformers import PreTrainedTokenizerBase
+
+from ml_engineer_track.models import load_tokenizer, prompt_text
+from shared import handoff
+from shared.errors import UserError
+from shared.handoff import Golden
+
+START_SECONDS = 600.0
+
+
+def serve_with_vllm(model: Path | None, variants: Sequence[str], host: str, port: int, artifacts: Path) -> None:
+    """Run vLLM until it ends. UserError when it is not installed, stops early, or answers other than the golden replies."""
+    program = shutil.which("vllm")
+    if program is None:
+        raise UserError("vllm is not installed", "PATH", "Install it in an environment of its own; serving/vllm.py says how")
+    folder = model or handoff.current(artifacts / "models")
+    manifest = handoff.verify(folder)
+    variant = variants[0] if variants else "bf16"
+    if len(variants) > 1 or variant not in manifest.variants:
+        raise UserError("vllm serves one variant", str(folder), f"Give one of: {', '.join(manifest.variants)}")
+    name = f"{manifest.model_id}:{variant}"
+    command = [program, "serve", str(folder / variant), "--host", host, "--port", str(port), "--served-model-name", name, variant]
+    process = subprocess.Popen(command)
+    try:
+        url = f"http://{host}:{port}"
+        _wait(process, url)
+        check(url, name, load_tokenizer(str(folder / variant)), manifest.variants[variant].golden)
+        print("ready", flush=True)
+        process.wait()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def check(url: str, name: str, tokenizer: PreTrainedTokenizerBase, golden: Sequence[Golden]) -> None:
+    """UserError naming the first golden prompt that is answered otherwise, and where the texts part."""
+    for number, wanted in enumerate(golden, start=1):
+        ids = tokenizer(prompt_text(tokenizer, wanted.messages), add_special_tokens=False)["input_ids"]
+        body = {"model": name, "prompt": ids, "max_tokens": wanted.max_tokens, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+        answer.raise_for_status()
+        said = answer.json()["choices"][0]["text"]
+        if said != wanted.reply:
+            same = next(
+                (i for i, (a, b) in enumerate(zip(said, wanted.reply, strict=False)) if a != b), min(len(said), len(wanted.reply))
+            )
+            raise UserError(
+                f"golden prompt {number} of {len(golden)} is answered differently from character {same + 1} on: "
+                f"{said[same : same + 20]!r} instead of {wanted.reply[same : same + 20]!r}",
+                f"model {name}", "Do not serve it with this engine",
+            )  # fmt: skip
+
+
+def _wait(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise UserError("vllm stopped at its start", "vllm serve", "Its own messages above say why")
+        try:
+            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(1)
+    raise UserError(f"vllm was not ready after {START_SECONDS:.0f} s", url, "Its own messages above say why")
