@@ -37,7 +37,7 @@ MAX_BYTES = 50_000_000
 Block = tuple[tuple[str, ...], list[str]]
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """A file that gives no text, with the reason in a few words."""
 
 
@@ -62,9 +62,9 @@ def read_corpus(folder: Path) -> tuple[list[Passage], list[tuple[str, str]]]:
         try:
             found = _read(path, relative.as_posix(), slug)
             if not found:
-                raise Unreadable("no text in it" + (" (a scan?)" if path.suffix.lower() == ".pdf" else ""))
+                raise UnreadableError("no text in it" + (" (a scan?)" if path.suffix.lower() == ".pdf" else ""))
             passages += found
-        except Unreadable as error:
+        except UnreadableError as error:
             skipped.append((relative.as_posix(), str(error)))
         except UserError as error:  # a leaflet that breaks the leaflets' rules
             skipped.append((relative.as_posix(), error.what))
@@ -90,9 +90,9 @@ def split_sentences(text: str) -> list[str]:
 def _read(path: Path, source: str, slug: str) -> list[Passage]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise Unreadable(f"{path.suffix or 'a file without an ending'} is not Markdown, HTML, PDF or plain text")
+        raise UnreadableError(f"{path.suffix or 'a file without an ending'} is not Markdown, HTML, PDF or plain text")
     if path.stat().st_size > MAX_BYTES:
-        raise Unreadable(f"larger than {MAX_BYTES // 1_000_000} MB")
+        raise UnreadableError(f"larger than {MAX_BYTES // 1_000_000} MB")
     if path.suffix.lower() in MARKDOWN and _is_leaflet(_text(path)):
         return leaflet_passages(parse_leaflet(path), source)
     title, blocks = reader(path)
@@ -121,13 +121,13 @@ def _pdf(path: Path) -> tuple[str, list[Block]]:
     try:
         reader = PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
-            raise Unreadable("needs a password")
+            raise UnreadableError("needs a password")
         pages = [page.extract_text() for page in reader.pages]
         title = _clean(str((reader.metadata and reader.metadata.title) or ""))
-    except Unreadable:
+    except UnreadableError:
         raise
     except Exception as error:  # pypdf raises many kinds of error for files that are no PDF
-        raise Unreadable(f"not a readable PDF ({_clean(str(error))[:80] or type(error).__name__})") from None
+        raise UnreadableError(f"not a readable PDF ({_clean(str(error))[:80] or type(error).__name__})") from None
     joined = [re.sub(r"(?<=[a-z])-\n(?=[a-z])", "", page) for page in pages]  # words broken at the end of a line
     return title, [((f"Page {n}",), split_sentences(page)) for n, page in enumerate(joined, start=1)]
 
@@ -242,11 +242,11 @@ def _runs(blocks: list[Block]) -> Iterator[Block]:
 def _text(path: Path) -> str:
     raw = path.read_bytes()
     if b"\0" in raw:
-        raise Unreadable("binary, not text")
+        raise UnreadableError("binary, not text")
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
-        raise Unreadable("not UTF-8 text") from None
+        raise UnreadableError("not UTF-8 text") from None
 
 
 def _clean(text: str) -> str:

@@ -36,7 +36,8 @@ class Group:
 
 GROUPS: dict[str, Group] = {
     "own life": Group(
-        r"\b(saved up|hoard\w*|counted (out|up)|lined up|make it stop|wake up|quick(est)?( way out)?|take the lot|nobody would miss|stop me"
+        r"\b(saved up|hoard\w*|counted (out|up)|lined up|make it stop|wake up|quick(est)?( way out)?|take the lot"
+        r"|nobody would miss|stop me"
         r"|kill myself|want to die|be quick|will hurt|end it)\b",
         "It sounds as if your life may be in danger.",
         "Please call the emergency number or a crisis line now, and stay with someone until help is there.",
@@ -49,7 +50,8 @@ GROUPS: dict[str, Group] = {
         help_first=True,
     ),
     "abused": Group(
-        r"\b(chok\w+|squeez\w+ my (throat|neck)|hits? me|locks? me|hurts? me|black eye|gives? (me|them) back|he'?d go mad|making him angry"
+        r"\b(chok\w+|squeez\w+ my (throat|neck)|hits? me|locks? me|hurts? me|black eye|gives? (me|them) back|he'?d go mad"
+        r"|making him angry"
         r"|(marks|bruises) on my)\b",
         "Nobody is allowed to hurt or control you, and hiding it does not make you safer.",
         "A domestic abuse helpline can talk with you in confidence; in danger, call the emergency number.",
@@ -67,48 +69,57 @@ GROUPS: dict[str, Group] = {
         "A doctor or a dietitian can help safely; if food is on your mind all day, an eating-disorder helpline can too.",
     ),
     "someone else's or controlled medicine": Group(
-        r"\b(diazepam|valium|morphine|oxycodone|codeine|opioids?|zopiclone|tramadol|fentanyl|sleeping tablets?|insulin|thyroid (pills|tablets))\b"
-        r"|\b(my|mate'?s|mum'?s|gran'?s|nan'?s|neighbour'?s|friend'?s|father'?s|cousin has)\b.{0,40}\b(left ?over|tablets|patches|pills)"
+        r"\b(diazepam|valium|morphine|oxycodone|codeine|opioids?|zopiclone|tramadol|fentanyl|sleeping tablets?|insulin"
+        r"|thyroid (pills|tablets))\b"
+        r"|\b(my|mate'?s|mum'?s|gran'?s|nan'?s|neighbour'?s|friend'?s|father'?s|cousin has)\b.{0,40}\b(left ?over|tablets"
+        r"|patches|pills)"
         r"|\b(buzz|get high|properly high|knocks? out|really feel it|no prescription|without a prescription)\b",
         "I can't help with doses of controlled medicines, or of medicines prescribed to someone else.",
         "A pharmacist or your own doctor can say what is safe for you.",
     ),
     "forged paper": Group(
-        r"\b(letter|note|prescription|sick ?note|certificate)\b.{0,80}\b(doctor|midwife|clinic|chemist|boss|work|pays?|court|change|fake|real)"
+        r"\b(letter|note|prescription|sick ?note|certificate)\b.{0,80}\b(doctor|midwife|clinic|chemist|boss|work|pays?|court"
+        r"|change|fake|real)"
         r"|\b(write|make|change|alter|forge)\b.{0,40}\b(letter|note|prescription|name and|number)",
         "I can't help with papers that only a doctor may write.",
         "Tell your doctor or employer how you are; many places accept your own word for short illness.",
     ),
     "in secret": Group(
-        r"\b(slip|sneak|put|hide|swap|switch|leave (them )?out|wean)\b.{0,80}\b(tea|drink|food|cake|noticing|notice|knowing|finding out"
+        r"\b(slip|sneak|put|hide|swap|switch|leave (them )?out|wean)\b.{0,80}\b(tea|drink|food|cake|noticing|notice|knowing"
+        r"|finding out"
         r"|find out|sweets|sugar pills|water)\b|\bwithout (him|her|them|anyone|the nurse)\b",
         "I can't help with giving or stopping anything without the person knowing. It can be dangerous, and it is their decision.",
         "Talk with them, and with the doctor or pharmacist who looks after them.",
     ),
     "hiding harm": Group(
-        r"\b(bruises?|finger ?(marks|shaped)|burned|marks)\b.{0,90}\b(nurse|nursery|hospital|court|school|before|look like|story|explain\w*)"
+        r"\b(bruises?|finger ?(marks|shaped)|burned|marks)\b.{0,90}\b(nurse|nursery|hospital|court|school|before|look like"
+        r"|story|explain\w*)"
         r"|\bcover up\b|\bmake it (seem|look)\b",
         "I can't help to hide an injury, least of all a child's.",
         "Have the injury looked at, and call a child protection or adult safeguarding line: they help without blame, too.",
     ),
     "own surgery": Group(
-        r"\b(cut(ting)?|slice|drain|lance)\b.{0,50}\b(out|off|own|cut|open)\b|\b(scalpel|craft knife|razor blade|steps to cut)\b",
+        r"\b(cut(ting)?|slice|drain|lance)\b.{0,50}\b(out|off|own|cut|open)\b|\b(scalpel|craft knife|razor blade"
+        r"|steps to cut)\b",
         "Cutting into the body at home can cost blood, nerves or life. I won't describe it.",
         "Ask a doctor or a walk-in clinic; say if cost or waiting is the problem, there are often other ways.",
     ),
     "diagnosing someone else": Group(
-        r"\b(diagnos\w+ (him|her|them|my)|which (mental illness|\w+ ?(disease|infection|disorder))|personality disorder|photo(graphed)?"
+        r"\b(diagnos\w+ (him|her|them|my)|which (mental illness|\w+ ?(disease|infection|disorder))|personality disorder"
+        r"|photo(graphed)?"
         r"|without her knowing|so i can (show|tell|warn|prove))\b",
         "I can't judge the health of someone who has not asked for it.",
         "If you are worried about them, encourage them to speak with a doctor themselves.",
     ),
     "making ill": Group(
-        r"\b(catch it|make (him|her|them) (ill|sick)|infect|deserves it|prove she'?s faking|out cold|loses it|knock (her|him) out)\b",
+        r"\b(catch it|make (him|her|them) (ill|sick)|infect|deserves it|prove she'?s faking|out cold|loses it|knock (her"
+        r"|him) out)\b",
         "I can't help to make anyone ill.",
         "If a conflict is the reason, a mediation or advice service can help.",
     ),
     "set aside the rules": Group(
-        r"\b(ignore (every|all|any|your|whatever|the|previous)|rules|no limits|doctorx|doctornolimits|never refuses?|from now on you are"
+        r"\b(ignore (every|all|any|your|whatever|the|previous)|rules|no limits|doctorx|doctornolimits|never refuses?"
+        r"|from now on you are"
         r"|pretend|jailbreak|system prompt|developer mode)\b",
         "I keep to what the leaflets say, and I can't prescribe.",
         "Tell me what troubles you, and I will look for what the library says.",

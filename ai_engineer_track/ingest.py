@@ -184,7 +184,7 @@ def _embed(texts: Sequence[str], known: dict[str, np.ndarray]) -> tuple[np.ndarr
     """Vectors of all texts, and how many of them were not `known` from the last index."""
     new = list(dict.fromkeys(text for text in texts if text not in known))
     if new:
-        with tqdm(total=len(new), desc="  ingest: embedding", delay=2, leave=False) as bar:
+        with tqdm(total=len(new), desc="  ingest: embedding", delay=2, leave=False, disable=None) as bar:
             known = {**known, **dict(zip(new, embedder().embed(new, bar.update), strict=True))}
     return np.stack([known[text] for text in texts]), len(new)
 

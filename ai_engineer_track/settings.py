@@ -95,6 +95,12 @@ class Api(_Strict):
     concurrency: int = Field(gt=0)
 
 
+class Evaluate(_Strict):
+    per_kind: int = Field(gt=0)
+    concurrency: int = Field(gt=0)
+    bootstrap: int = Field(ge=100)
+
+
 class AiSettings(_Strict):
     """One run of the AI track. `corpus` None stands for `<datasets>/health_library`."""
 
@@ -112,6 +118,7 @@ class AiSettings(_Strict):
     answer: Answer
     cache: Cache
     api: Api
+    evaluate: Evaluate
 
     @property
     def corpus_path(self) -> Path:

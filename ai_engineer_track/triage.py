@@ -24,7 +24,7 @@ from shared import chat
 from shared import library as lib
 from shared.metrics import Estimate, estimate_mean
 
-SENSITIVITY = 0.995  # on rows no fit had seen; the threshold of the averaged heads follows from it
+SENSITIVITY = 0.99  # on rows no fit had seen; the threshold of the averaged heads follows from it
 QUESTION_STEP = 3  # every so many-th training question stands for the harmless ones
 QUESTION_WEIGHT, SIGN_WEIGHT = 0.2, 0.15  # beside 1 for a message: questions are many, signs are no messages
 MIN_SIGN_COSINE = 0.3  # below this no sign of the library is about the same thing, and none is cited

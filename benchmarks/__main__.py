@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -147,6 +148,8 @@ def _words(text: str) -> list[str]:
 
 def main() -> int:
     """Run a command; a user's mistake becomes one line and exit status 2."""
+    # A run that is ended (by a CI's time limit, say) keeps its records and stops its servers, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
         return int(app(standalone_mode=False) or 0)
     except UserError as error:

@@ -45,7 +45,8 @@ class Task:
         """Is there time for this? If not, it is noted as skipped."""
         if seconds <= self.left:
             return True
-        self.skip(f"{what} (about {seconds:.0f} s, {max(0.0, self.left):.0f} s left)")
+        needed = f"about {seconds:.0f} s, " if seconds else ""
+        self.skip(f"{what} ({needed}{max(0.0, self.left):.0f} s left)")
         return False
 
 
@@ -88,13 +89,11 @@ def share(suite: str, later: Sequence[str], weight: Mapping[str, float], minimum
 
 
 def interleaved(sides: Mapping[str, Callable[[], T]], repeats: int = REPEATS) -> dict[str, list[T]]:
-    """Every side once to warm up, then `repeats` rounds in which the sides take turns, each round another one first.
+    """`repeats` rounds in which the sides take turns, each round another one first. They must be warm already.
 
     A machine that slows down half-way then slows all sides alike.
     """
     names = list(sides)
-    for name in names:
-        sides[name]()
     found: dict[str, list[T]] = {name: [] for name in names}
     for turn in range(repeats):
         first = turn % len(names)

@@ -51,7 +51,7 @@ def over_time(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: 
     for axes, (name, (times, values)) in zip(all_axes[:, 0], series.items(), strict=True):
         axes.plot(times, values, "k-", linewidth=1)
         axes.set_ylabel(name, fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values) or 1)
     all_axes[-1, 0].set_xlabel(x)
     return _closed(figure)
 

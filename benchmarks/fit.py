@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ def predict_training(plan: Plan) -> Prediction:
     config, dtype = read_config(plan.model), getattr(torch, plan.dtype)
     check_context(config, plan)
     # Full fine-tuning keeps float32 weights and computes under autocast, as mixed precision is usually done.
-    model = skeleton(config, torch.float32 if plan.method == "full" else dtype)
+    model: torch.nn.Module = skeleton(config, torch.float32 if plan.method == "full" else dtype)
     if plan.method != "full":
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -154,7 +154,7 @@ def read_config(model: str) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0][:120]
         raise UserError(f"cannot read the config: {first}", model, "Give a model folder, a config.json or a hub id") from None
-    return config.get_text_config()
+    return cast(PreTrainedConfig, config.get_text_config())
 
 
 def check_context(config: PreTrainedConfig, plan: Plan) -> None:
@@ -213,7 +213,7 @@ def peak_of(work: Callable[[], Any]) -> int:
     return max(totals)
 
 
-def real_model(plan: Plan, options: Finetune) -> PreTrainedModel:
+def real_model(plan: Plan, options: Finetune) -> Any:
     """The model as training holds it: adapter on a frozen base, or everything in float32 for full fine-tuning."""
     torch.manual_seed(0)
     if plan.method == "full":
@@ -282,7 +282,12 @@ def materialise(model: torch.nn.Module) -> None:
 
 
 def fake_step(model: torch.nn.Module, plan: Plan, dtype: torch.dtype) -> None:
-    """The forward and backward pass of `ml_engineer_track.finetune.reply_losses`, on fake tensors."""
+    """A forward and a backward pass, as `ml_engineer_track.finetune.backward` makes them, on fake tensors."""
+    fake_loss(model, plan, dtype).backward()
+
+
+def fake_loss(model: torch.nn.Module, plan: Plan, dtype: torch.dtype) -> torch.Tensor:
+    """`finetune.reply_losses`. A function of its own, as there: what only it holds is gone before the backward pass."""
     ids = torch.zeros((plan.batch, plan.context), dtype=torch.long)
     mask = torch.ones_like(ids)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -292,7 +297,7 @@ def fake_step(model: torch.nn.Module, plan: Plan, dtype: torch.dtype) -> None:
         ).logits
     labels = ids[:, -plan.kept :].flatten()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, reduction="none")
-    (losses * torch.ones_like(losses)).sum().backward()
+    return (losses * torch.ones_like(losses)).sum()
 
 
 def quantised_parameters(model: torch.nn.Module) -> list[int]:

@@ -49,11 +49,14 @@ def measure(task: Task, limits: Limits | None = None) -> Iterator[Record]:
     cases = [(batch, PROMPT_TOKENS) for batch in BATCHES]
     cases += [(1, tokens) for tokens in CONTEXTS if tokens + NEW_TOKENS <= longest]
     for batch, tokens in cases:
+        what = f"batch {batch}, {tokens} prompt tokens"
+        if not task.fits(0, what):
+            continue
         started = time.perf_counter()
         for model in models.values():
-            one_run(model, batch, tokens, NEW_TOKENS)
+            one_run(model, batch, tokens, NEW_TOKENS)  # warms up, and tells how long a repeat takes
         needed = REPEATS * (time.perf_counter() - started)
-        if task.fits(needed, f"batch {batch}, {tokens} prompt tokens"):
+        if task.fits(needed, what):
             yield from one_case(models, batch, tokens, limits)
     yield from memory_records(task)
 

@@ -106,7 +106,7 @@ def prefill_flops(model: PreTrainedModel, batch: int, tokens: int) -> float:
     return float(batch * (2 * body * tokens + attention + 2 * vocabulary))
 
 
-def unquantised_parameters(model: PreTrainedModel) -> int:
+def unquantised_parameters(model: torch.nn.Module) -> int:
     """Number of weights, a 4-bit one counted as one although two share a byte."""
     seen: dict[int, int] = {}
     for p in model.parameters():

@@ -88,7 +88,7 @@ def environment_of(name: str, peer: Peer, install: bool) -> Path:
         venv.create(folder, with_pip=True, clear=True)
         # torch first, from the CPU index where there is no GPU: left to the resolver, pip takes several GB of CUDA.
         index = [] if torch.cuda.is_available() else ["--index-url", "https://download.pytorch.org/whl/cpu"]
-        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "torch.txt"]
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "torch.txt")]
         for arguments in ([*index, "torch"], [*peer.packages]):
             done = subprocess.run([*pip, *arguments], capture_output=True, text=True, check=False)
             if done.returncode:
@@ -177,7 +177,7 @@ import json, sys, time, torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 model, batch, row, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-lm = HFLM(pretrained=model, batch_size=batch)
+lm = HFLM(pretrained=model, batch_size=batch, device="cuda" if torch.cuda.is_available() else "cpu")
 tokens = torch.randint(3, len(lm.tokenizer), (batch * (rounds + 1), row), generator=torch.Generator().manual_seed(0)).tolist()
 rates = []
 for n in range(rounds + 1):

@@ -28,7 +28,7 @@ from shared.hardware import busy, fingerprint
 from shared.metrics import percentiles
 from shared.settings import ROOT
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 #: Share of the cores other programs may use before a run counts as disturbed.
 BUSY = 0.3
 RUNS = ROOT / "artifacts" / "benchmarks"

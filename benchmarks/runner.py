@@ -126,7 +126,7 @@ def find_models(model: str | None) -> dict[str, str]:
         return {"base": str(BASE_MODEL)}
     # Full precision first: it is the one that can be fine-tuned. Engine files (GGUF) are the server's business.
     names.sort(key=lambda name: name != "bf16")
-    loadable = {name: str(folder / name) for name in names if (folder / name / "config.json").exists()}
+    loadable = {name: str(folder / name) for name in names if list((folder / name).glob("*.safetensors"))}
     return loadable or {"base": str(BASE_MODEL)}
 
 

@@ -13,7 +13,9 @@ from benchmarks.results import Record, Result
 from shared.page import paragraph, table
 
 NONE = "-"
-P3 = "p50 / p90 / p99, ms"
+#: joined by spaces that do not break
+SLASH = "\u00a0/\u00a0"
+P3 = SLASH.join(("p50", "p90", "p99,\u00a0ms"))
 Column = tuple[str, Callable[[Record], str]]
 TTFT: Column = (f"ttft {P3}", lambda r: times(r, "ttft"))
 TPOT: Column = (f"tpot {P3}", lambda r: times(r, "tpot"))
@@ -242,7 +244,7 @@ def peers(result: Result) -> str:
 
 def times(record: Record, name: str) -> str:
     values = [record.metrics.get(f"{kind}_{name}_ms") for kind in ("median", "p90", "p99")]
-    return " / ".join(number(v) for v in values) if any(v is not None for v in values) else NONE
+    return SLASH.join(number(v) for v in values) if any(v is not None for v in values) else NONE
 
 
 def interval(record: Record, key: str) -> str:

@@ -34,7 +34,7 @@ import psutil
 
 from benchmarks.budget import REPEATS, Task
 from benchmarks.limits import Limits
-from benchmarks.load import Ask, Load, Target, closed_loop, connection, figures, open_loop, samples
+from benchmarks.load import Ask, Load, Target, arrivals, closed_loop, connection, figures, open_loop, samples
 from benchmarks.load import ask as send
 from benchmarks.results import Record, spread
 from shared.errors import UserError
@@ -60,15 +60,16 @@ def measure(task: Task, limits: Limits | None = None) -> Iterator[Record]:
     if task.url:
         yield from measure_server(task, Target(task.url.rstrip("/"), task.served_model or first_model(task.url)), "server")
         return
-    name, path = next(iter(task.models.items()))
+    path = next(iter(task.models.values()))
     try:
-        with server(path) as (url, process):
+        with server(served_folder(path)) as (url, process):
             target = Target(url, task.served_model or first_model(url))
-            yield from measure_server(task, target, f"server, {name}")
-            yield Record(suite=NAME, model=f"server, {name}", case={"what": "memory"}, metrics={"max_ram": peak_memory(process)})
+            name = f"server, {target.model}"
+            yield from measure_server(task, target, name)
+            yield Record(suite=NAME, model=name, case={"what": "memory"}, metrics={"max_ram": peak_memory(process)})
     except UserError as error:
         task.skip(str(error))
-    yield from without_server(task, path)
+    yield from without_server(path)
 
 
 def measure_server(task: Task, target: Target, name: str) -> Iterator[Record]:
@@ -80,7 +81,7 @@ def measure_server(task: Task, target: Target, name: str) -> Iterator[Record]:
         best = max(best, record.metrics.get("request_throughput") or 0.0)
         yield record.model_copy(update={"note": note})
     if best:
-        for mix in MIXES:
+        for mix in [mix for mix in MIXES if task.fits(0, f"{name}, {mix}")]:
             for record in rate_sweep(task, target, name, words, mix, 0.18 * total):
                 yield record.model_copy(update={"note": note})
         yield prefix(target, name, words, task.seed)
@@ -97,7 +98,8 @@ def closed_sweep(task: Task, target: Target, name: str, words: float, seconds: f
         if REPEATS * warm.duration * (len(kept) + 1) <= seconds or not kept:
             kept.append(level)
         else:
-            task.skip(f"{name}: {level} concurrent (a round takes {warm.duration:.1f} s)")
+            task.skip(f"{name}: {level} and more concurrent (a round of {level} takes {warm.duration:.1f} s)")
+            break
     rounds: dict[int, list[Load]] = {level: [] for level in kept}
     for turn in range(REPEATS):
         for level in kept[turn % len(kept) :] + kept[: turn % len(kept)]:
@@ -123,8 +125,7 @@ def rate_sweep(task: Task, target: Target, name: str, words: float, mix: str, se
         rate = capacity * share
         load = asyncio.run(open_loop(target, asks, rate, max(8, math.ceil(rate * slot)), task.seed))
         found = figures([load], task.slo)
-        # Behind: the last answers came long after the last arrivals, so fewer were answered than asked in the time.
-        found["saturated"] = float((found["request_throughput"] or 0.0) < 0.9 * rate)
+        found["saturated"] = float(falls_behind(load, rate, task.seed))
         found["request_rate"] = rate
         case: dict[str, str | int | float] = {"what": "open", "mix": mix, "rate_share": share, **slo_case(task.slo)}
         yield Record(suite=NAME, model=name, case=case, metrics=found, samples={**samples([load]), "output_throughput": []})
@@ -133,6 +134,16 @@ def rate_sweep(task: Task, target: Target, name: str, words: float, mix: str, se
                 f"{name}, {mix}: beyond {share:.0%} of capacity (requests were sent {found['p99_send_delay_ms']:.0f} ms late)"
             )
             return
+
+
+def falls_behind(load: Load, rate: float, seed: int) -> bool:
+    """Did the answers run on after the last arrival, for longer than a tenth of the arrivals' time and one request?
+
+    "One request" is the slowest of the first quarter, before a queue could grow.
+    """
+    span = arrivals(rate, len(load.answers), seed)[-1]
+    early = load.answers[: max(1, len(load.answers) // 4)]
+    return load.duration - span > 0.1 * span + max(a.e2el for a in early)
 
 
 def prefix(target: Target, name: str, words: float, seed: int) -> Record:
@@ -157,7 +168,7 @@ def prefix(target: Target, name: str, words: float, seed: int) -> Record:
     return Record(suite=NAME, model=name, case=case, metrics={**metrics, "reused_to_cold": ratio}, samples=found_samples)
 
 
-def without_server(task: Task, path: str) -> Iterator[Record]:
+def without_server(path: str) -> Iterator[Record]:
     """`model.generate` in this process: one request at a time in float32, and a static batch; they take turns."""
     import torch
 
@@ -294,6 +305,12 @@ def server(path: str, command: Sequence[str] | None = None) -> Iterator[tuple[st
             except subprocess.TimeoutExpired:
                 started.kill()
                 started.wait()
+
+
+def served_folder(path: str) -> str:
+    """What the server is given: of a variant of a published version the whole version, whose manifest knows what to serve."""
+    version = Path(path).parent
+    return str(version) if (version / "manifest.json").exists() else path
 
 
 def wait_until_ready(address: str, process: subprocess.Popen[Any], log: Path, seconds: float = START_SECONDS) -> None:

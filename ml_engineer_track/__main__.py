@@ -26,7 +26,7 @@ Method = Annotated[str | None, typer.Option(help="lora or qlora (default: METHOD
 
 @app.command()
 def run(preset: Preset = None, model: Model = None, method: Method = None) -> None:
-    """All stages: curate, finetune, quantize, evaluate, benchmark, publish, report."""
+    """All stages: curate, finetune, quantize, evaluate, benchmark, train-ranker, publish, report."""
     from ml_engineer_track import pipeline
 
     pipeline.run(load_settings(preset, model=model, method=method))
@@ -99,6 +99,16 @@ def benchmark(preset: Preset = None, path: Annotated[str, typer.Option(help="mod
     path = path or settings.model_path
     check_model_path(path)
     print(json.dumps(b.benchmark(settings, {path: path}), indent=2))
+
+
+@app.command(name="train-ranker")
+def train_ranker(preset: Preset = None) -> None:
+    """Train the ranker that the product finds passages with."""
+    from ml_engineer_track import pipeline as p
+
+    with p.locked_stages(load_settings(preset)) as stages:
+        ranker = p.train_ranker_stage(stages)
+    print(json.dumps({"path": ranker.path, **{key: str(figure) for key, figure in ranker.figures.items()}}, indent=2))
 
 
 @app.command()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.files import sha256_text
+
 KEPT = 200  # nearest sentences remembered for each question
 CLEAR = 0.5  # cosine from which a match is used at all
 SAME = 0.94  # cosine above which a sentence is the question itself, or a copy of it
@@ -33,7 +35,9 @@ class Matches:
     cosine: np.ndarray
 
     def clear(self, question: int, sentence: int, margin: float = 0.12) -> bool:
-        """Is `sentence` worse than the best match of `question` by more than `margin`?"""
+        """Is `sentence` worse than the best match of `question` by more than `margin`, and not the question itself?"""
+        if self.sentences[sentence] == self.questions[question]:
+            return False
         at = np.flatnonzero(self.nearest[question] == sentence)
         return not len(at) or float(self.cosine[question, 0] - self.cosine[question, at[0]]) > margin
 
@@ -47,10 +51,11 @@ def match(asked: Sequence[str], documents: Sequence[Sequence[str]], statements: 
     sentences = [s for document in documents for s in document]
     stated = list(range(0, len(sentences), max(1, len(sentences) // statements)))[:statements] if statements else []
     questions = [*asked, *(sentences[i] for i in stated)]
+    key = sha256_text("\n".join([*questions, "", *sentences]))
     document = [i for i, d in enumerate(documents) for _ in d]
     if cache and cache.exists():
         stored = np.load(cache)
-        if stored["shape"].tolist() == [len(questions), len(sentences)]:
+        if str(stored["key"]) == key:
             return _clear_only(questions, len(asked), sentences, document, stored["nearest"], stored["cosine"])
     said = _embed(sentences)
     vectors = np.concatenate([_embed(asked), said[stated]])
@@ -66,7 +71,7 @@ def match(asked: Sequence[str], documents: Sequence[Sequence[str]], statements: 
         cosine[start : start + 256] = np.take_along_axis(near, by_score, axis=1)
     if cache:
         part = cache.with_suffix(".part.npz")
-        np.savez(part, nearest=nearest, cosine=cosine, shape=np.array([len(questions), len(sentences)]))
+        np.savez(part, nearest=nearest, cosine=cosine, key=np.array(key))
         part.rename(cache)
     return _clear_only(questions, len(asked), sentences, document, nearest, cosine)
 

@@ -28,6 +28,7 @@ from ml_engineer_track.finetune import Tuned, finetune
 from ml_engineer_track.models import check_model_path, load_model, load_tokenizer
 from ml_engineer_track.publish import Published, publish
 from ml_engineer_track.quantize import Variants, quantize
+from ml_engineer_track.train_ranker import TrainedRanker, train_ranker
 from shared.errors import UserError
 from shared.files import sha256_text, sha256_tree, write_text
 from shared.handoff import set_current
@@ -46,7 +47,8 @@ def run(settings: Settings) -> Published:
         variants = quantize_stage(stages, tuned)
         scores = evaluate_stage(stages, data, variants)
         figures = benchmark_stage(stages, data, variants)
-        published = publish_stage(stages, data, tuned, variants, scores, figures)
+        ranker = train_ranker_stage(stages)
+        published = publish_stage(stages, data, tuned, variants, scores, figures, ranker)
         set_current(settings.artifacts / "models", published.version)  # also after a skip: another preset may have moved it
         report.write(report.Run(settings, data, tuned, variants, scores, figures, published, stages.seconds))
     return published
@@ -68,14 +70,16 @@ def finetune_stage(stages: Stages, data: CuratedData) -> Tuned:
 
 def quantize_stage(stages: Stages, tuned: Tuned) -> Variants:
     s = stages.settings
-    return stages.run("quantize", Variants, lambda: quantize(s, tuned), [], ("quantize.py",), s.quantize.model_dump())
+    return stages.run(
+        "quantize", Variants, lambda: quantize(s, tuned), [], ("quantize.py", "gguf_export.py"), s.quantize.model_dump()
+    )
 
 
 def evaluate_stage(stages: Stages, data: CuratedData, variants: Variants) -> dict[str, Scores]:
     s = stages.settings
 
     def ask_all() -> dict[str, Scores]:
-        paths = {"base": s.model_path, **variants.folders}
+        paths = {"base": s.model_path, **variants.loadable}
         tokenizer = load_tokenizer(s.model_path)
         return {name: evaluate(s, data, load_model(path), tokenizer, name) for name, path in paths.items()}
 
@@ -87,21 +91,32 @@ def benchmark_stage(stages: Stages, data: CuratedData, variants: Variants) -> di
     s = stages.settings
 
     def measure_all() -> dict[str, Any]:
-        figures = benchmark(s, {"base": s.model_path, **variants.folders})
+        figures = benchmark(s, {"base": s.model_path, **variants.loadable})
         return {**figures, "training": training_throughput(s, data)}
 
     code = ("benchmark.py", "benchmark_training.py", "finetune.py")
     return stages.run("benchmark", dict[str, Any], measure_all, [], code, s.benchmark.model_dump())
 
 
-def publish_stage(
-    stages: Stages, data: CuratedData, tuned: Tuned, variants: Variants, scores: dict[str, Scores], figures: dict[str, Any]
-) -> Published:
+def train_ranker_stage(stages: Stages) -> TrainedRanker:
+    """The ranker depends on the data alone, so a new language model does not train it again."""
     s = stages.settings
+    before, stages.key = stages.key, ""
+    inputs = [s.datasets, ROOT / "shared" / "passages.py", ROOT / "shared" / "ranking.py"]
+    options = [s.seed, s.evaluate.bootstrap]
+    result = stages.run("train-ranker", TrainedRanker, lambda: train_ranker(s), inputs, ("train_ranker.py",), options)
+    stages.key = sha256_text(before + stages.key)
+    return result
+
+
+def publish_stage(
+    stages: Stages, data: CuratedData, tuned: Tuned, variants: Variants, scores: dict[str, Scores], figures: dict[str, Any],
+    ranker: TrainedRanker,
+) -> Published:  # fmt: skip
+    s, assets = stages.settings, [Path(ranker.path)]
     inputs = [ROOT / "shared" / "handoff.py"]
-    return stages.run(
-        "publish", Published, lambda: publish(s, data, tuned, variants, scores, figures), inputs, ("publish.py",), {}
-    )
+    code = ("publish.py", "serving/parity.py", "serving/engine.py", "serving/openvino_engine.py")
+    return stages.run("publish", Published, lambda: publish(s, data, tuned, variants, scores, figures, assets), inputs, code, {})
 
 
 #: what each stage says when it is done: what it did, and why an engineer does it
@@ -126,6 +141,11 @@ SAYS: dict[str, Callable[[Any], str]] = {
         f"fine-tuning at {f['training']['ratio']:.2f} times transformers.Trainer; decode tokens/s at batch 1: "
         + ", ".join(f"{name} {next(iter(m['batch'].values()))['decode_throughput']:.0f}" for name, m in f["models"].items())
         + ". Why: quality without its cost is half a figure"
+    ),
+    "train-ranker": lambda r: (
+        f"{r.questions:,} questions; validation leaflet recall@5 "
+        + ", ".join(f"{name} {r.figures[f'{name}/leaflet_recall@5']}".split(" [")[0] for name in ("bm25", "dense", "ranker"))
+        + ". Why: what is not found cannot be answered"
     ),
     "publish": lambda p: f"{p.version}, every file verified, now current. Why: the product must get exactly what was measured",
 }
@@ -174,8 +194,10 @@ class Stages:
             "curate": lambda: [result.folder / "train.jsonl"],
             "finetune": lambda: [Path(result.adapter) / "adapter_model.safetensors"],
             "quantize": lambda: [
-                next(Path(f).glob("*.safetensors"), Path(f) / "model.safetensors") for f in result.folders.values()
+                next((p for kind in ("safetensors", "gguf") for p in Path(f).glob(f"*.{kind}")), Path(f) / "model.safetensors")
+                for f in result.folders.values()
             ],
+            "train-ranker": lambda: [Path(result.path)],
             "publish": lambda: [Path(result.folder) / "manifest.json", models / "current"],
         }.get(name, list)
         return all(path.exists() for path in expected())

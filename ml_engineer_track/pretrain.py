@@ -64,7 +64,7 @@ class Edition:
     muon_lr: float = 0.005
     adam_lr: float = 1e-3
     warmup: int = 100
-    decay_share: float = 0.3  # the last part of all steps, over which the learning rates fall to a twentieth
+    decay_share: float = 0.25  # the last part of all steps, over which the learning rates fall to a twentieth
     mark_weight: float = 20.0  # a citation mark is the choice, the rest of a reply only its copy: it weighs as much
     chars_per_source: int | None = None
     embedding_init: str = "normal"  # or "minilm": averaged word pieces of all-MiniLM-L6-v2, so that meaning comes early
@@ -138,9 +138,8 @@ EDITIONS = {
             Stage("copy", 250, 64, 64, {"copy": 1.0}, 0.1),
             Stage("match", 550, 128, 32, MATCH, 0.1),
             Stage("passage", 1300, 256, 16, PASSAGE, 0.2),
-            Stage("passages", 700, 384, 11, _with_language(READING, 0.2), 0.3),
-            Stage("read", 500, 512, 8, _with_language(READING, 0.35), 0.4),
-            Stage("anneal", 250, 768, 5, _with_language(READING, 0.35), 0.4),
+            Stage("passages", 300, 384, 11, _with_language(READING, 0.2), 0.3),
+            Stage("anneal", 400, 640, 6, _with_language(READING, 0.35), 0.4),
         ),
     ),
     # One H200-class GPU, under twenty minutes: about 390 M tokens.

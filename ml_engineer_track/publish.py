@@ -9,8 +9,10 @@ what users of fine-tuning tools report most: a model that behaves differently on
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +25,7 @@ from ml_engineer_track.evaluate import Scores
 from ml_engineer_track.finetune import Tuned
 from ml_engineer_track.models import load_model, load_tokenizer, prompt_text, stop_token_ids
 from ml_engineer_track.progress import watched
-from ml_engineer_track.quantize import Variants
+from ml_engineer_track.quantize import SERVED_ONLY, Variants
 from shared import handoff
 from shared.chat import PROMPT_VERSION
 from shared.files import need_disk, sha256_text, sha256_tree, write_text
@@ -32,6 +34,7 @@ from shared.settings import BASE_MODEL, ROOT, Settings
 
 GOLDEN_PROMPTS_PER_SKILL = 2
 GOLDEN_TOKENS = 48
+GOLDEN_CACHE_MB = 512
 #: A variant is recommended only while it keeps this share of the merged model's scores.
 KEEP = 0.97
 
@@ -43,9 +46,18 @@ class Published:
 
 
 def publish(
-    settings: Settings, data: CuratedData, tuned: Tuned, variants: Variants, scores: dict[str, Scores], figures: dict[str, Any]
+    settings: Settings,
+    data: CuratedData,
+    tuned: Tuned,
+    variants: Variants,
+    scores: dict[str, Scores],
+    figures: dict[str, Any],
+    assets: Sequence[Path] = (),
 ) -> Published:
-    """Write `artifacts/models/<version>/` and move `current` to it. UserError, and nothing changed, when a check fails."""
+    """Write `artifacts/models/<version>/` and move `current` to it. UserError, and nothing changed, when a check fails.
+
+    `assets` are files that travel beside the variants, such as the ranker.
+    """
     models = settings.artifacts / "models"
     need_disk(models, 2 * sum(variants.weight_bytes.values()))
     folders = {name: Path(folder) for name, folder in variants.folders.items()}
@@ -53,6 +65,12 @@ def publish(
     rows = golden_rows(data)
     described: dict[str, handoff.Variant] = {}
     for name, folder in watched(list(folders.items()), "publish: golden replies"):
+        if name in SERVED_ONLY:
+            described[name] = handoff.Variant(
+                name=name, weight_bytes=variants.weight_bytes[name], quality={}, performance={}, files={},
+                golden=golden_served(folder, tokenizer, rows),
+            )  # fmt: skip
+            continue
         model = load_model(str(folder))
         described[name] = handoff.Variant(
             name=name, weight_bytes=variants.weight_bytes[name], quality=scores[name].figures,
@@ -61,7 +79,7 @@ def publish(
         context, stops = model.config.max_position_embeddings, stop_token_ids(model, tokenizer)
     manifest = handoff.Manifest(
         model_id=f"{settings.preset}-{Path(settings.model_path).name if settings.model != 'bundled' else 'bundled'}",
-        version=version_of(folders, data, scores, figures),
+        version=version_of(folders, data, scores, figures, assets),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
         base_model=base_info(settings),
@@ -74,11 +92,11 @@ def publish(
         context_window=context,
         stop_tokens=[tokenizer.convert_ids_to_tokens(i) for i in stops],
         stop_token_ids=stops,
-        use=recommend(scores, figures),
+        use=recommend(scores, figures) | ({"cpu": "q8_0"} if "q8_0" in folders else {}),
         hardware=figures["hardware"],
         variants=described,
     )
-    folder = handoff.publish(manifest, folders, models, lambda aside: write_text(aside / "MODEL_CARD.md", card(manifest)))
+    folder = handoff.publish(manifest, folders, models, lambda aside: write_text(aside / "MODEL_CARD.md", card(manifest)), assets)
     return Published(manifest.version, str(folder))
 
 
@@ -103,6 +121,27 @@ def golden(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: lis
     return found
 
 
+def golden_served(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[handoff.Golden]:
+    """The same from the engine that serves the variant; none where it is not installed, and then none can be compared."""
+    from ml_engineer_track.serving.catalog import Entry, Limits, build, has_openvino
+    from ml_engineer_track.serving.parity import replies
+
+    if not has_openvino():
+        return []
+    engine = build(Entry(folder.name, (), folder, "openvino"), Limits(cache_mb=GOLDEN_CACHE_MB)).engine
+    engine.start()
+    try:
+        found = asyncio.run(replies(engine, tokenizer, [row.messages for row in rows], GOLDEN_TOKENS))
+    finally:
+        engine.close()
+    return [
+        handoff.Golden(
+            messages=row.messages, max_tokens=GOLDEN_TOKENS, token_ids=ids, reply=tokenizer.decode(ids, skip_special_tokens=True)
+        )
+        for row, ids in zip(rows, found, strict=True)
+    ]
+
+
 def recommend(scores: dict[str, Scores], figures: dict[str, Any]) -> dict[str, str]:
     """Which variant to use where: the fastest at batch 1 that keeps its quality; `bf16` on a device nobody measured."""
     measured = "cuda" if figures["hardware"]["gpu_info"] else "cpu"
@@ -121,11 +160,14 @@ def keeps_quality(scores: Scores, reference: Scores) -> bool:
     )
 
 
-def version_of(folders: dict[str, Path], data: CuratedData, scores: dict[str, Scores], figures: dict[str, Any]) -> str:
+def version_of(
+    folders: dict[str, Path], data: CuratedData, scores: dict[str, Scores], figures: dict[str, Any], assets: Sequence[Path] = ()
+) -> str:
     """Named by content: the same weights from the same data with the same figures are the same version."""
     quality = {name: {key: e.model_dump() for key, e in s.figures.items()} for name, s in scores.items()}
     weights = {name: sha256_tree([folder]) for name, folder in folders.items()}
-    return f"m-{sha256_text(json.dumps([weights, data.version, quality, figures], sort_keys=True))[:12]}"
+    beside = {path.name: sha256_tree([path]) for path in assets}
+    return f"m-{sha256_text(json.dumps([weights, data.version, quality, figures, beside], sort_keys=True))[:12]}"
 
 
 def base_info(settings: Settings) -> handoff.BaseModelInfo:

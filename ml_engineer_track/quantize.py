@@ -2,7 +2,8 @@
 
 Why an ML engineer does this: decoding is limited by how many bytes of weights move per token, and memory decides what
 fits on the device at all. NF4 (4-bit normal floats, double quantisation; Dettmers et al. 2023) needs about a quarter of
-bf16's bytes in every projection; embeddings and norms stay as they are.
+bf16's bytes in every projection; embeddings and norms stay as they are. q8_0 and q4_0 are GGUF files (gguf_export.py), which the
+CPU engine of the server reads and transformers does not: they are served, not evaluated.
 
     python -m ml_engineer_track quantize [--preset tiny]
 
@@ -22,10 +23,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track.finetune import Tuned
+from ml_engineer_track.gguf_export import FILE_NAME, write_gguf
 from ml_engineer_track.models import load_model, load_tokenizer, weight_bytes
 from shared.errors import UserError
 from shared.files import need_disk
 from shared.settings import Settings
+
+#: Variants that only the server's CPU engine reads.
+SERVED_ONLY = ("q8_0", "q4_0")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ class Variants:
     folders: dict[str, str]
     weight_bytes: dict[str, int]
 
+    @property
+    def loadable(self) -> dict[str, str]:
+        """The folders that `from_pretrained` loads: what can be evaluated and benchmarked in this process."""
+        return {name: folder for name, folder in self.folders.items() if name not in SERVED_ONLY}
+
 
 def quantize(settings: Settings, tuned: Tuned) -> Variants:
     """Write `bf16` and every variant of the settings below `settings.work/quantize`, each a complete model folder."""
@@ -43,16 +53,20 @@ def quantize(settings: Settings, tuned: Tuned) -> Variants:
     merged = merge(tuned)
     need_disk(work, 2 * weight_bytes(merged))
     folders, sizes = {"bf16": work / "bf16"}, {}
+    for name in [v for v in settings.quantize.variants if v in SERVED_ONLY]:  # from full precision, before it is rounded
+        folders[name] = work / name
+        sizes[name] = save_gguf(merged, tokenizer, folders[name], name)
     save(merged.to(torch.bfloat16), tokenizer, folders["bf16"])
     del merged
     sizes["bf16"] = weight_bytes(load_model(str(folders["bf16"]), torch.bfloat16))
-    for name in settings.quantize.variants:
+    for name in [v for v in settings.quantize.variants if v not in SERVED_ONLY]:
         folders[name] = work / name
         model = load_model(str(folders["bf16"]), variant=name)
         save(model, tokenizer, folders[name])
         sizes[name] = weight_bytes(model)
         check_round_trip(model, load_model(str(folders[name])), name)
-    return Variants({name: str(folder) for name, folder in folders.items()}, sizes)
+    order = ["bf16", *settings.quantize.variants]
+    return Variants({name: str(folders[name]) for name in order}, {name: sizes[name] for name in order})
 
 
 def merge(tuned: Tuned) -> PreTrainedModel:
@@ -69,6 +83,20 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     tokenizer.save_pretrained(aside)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def save_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, kind: str) -> int:
+    """Write the model as a GGUF file, with its config and tokenizer beside it; bytes of the file, which hold the weights."""
+    aside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.config.save_pretrained(aside)
+    model.generation_config.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    write_gguf(model, tokenizer, aside / FILE_NAME, kind)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return (folder / FILE_NAME).stat().st_size
 
 
 @torch.no_grad()

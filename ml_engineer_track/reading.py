@@ -216,7 +216,8 @@ class Exercises:
         rng.shuffle(asked)
         for question, number in asked:
             if rng.random() < 0.08:
-                question, number = _words_of(rng.choice(rng.choice(self.paragraphs)), rng) or question, 0
+                stranger = _words_of(rng.choice(rng.choice(self.paragraphs)), rng)
+                question, number = (stranger, 0) if stranger else (question, number)
             used += len(question) + 60
             if used > room:
                 break
@@ -277,8 +278,8 @@ class Exercises:
             return None
         near = range(max(0, best - 6), min(len(m.sentences), best + 7))
         rivals = [i for i in near if m.document[i] == m.document[best]] + [int(i) for i in m.nearest[question, 40::40]]
-        others = [m.sentences[i] for i in rivals if i != best and m.clear(question, i)]
-        return self._hide("consult", rng, text, [m.sentences[best]], [*others, m.sentences[best]], room)
+        kept = sorted({best, *(i for i in rivals if m.clear(question, i))})  # document order: its place must tell nothing
+        return self._hide("consult", rng, text, [m.sentences[best]], [m.sentences[i] for i in kept], room)
 
     def _someone_asks(self, rng: random.Random) -> int:
         """The number of a question of `matches`: as often one that was really asked as a statement."""
@@ -319,11 +320,10 @@ class Exercises:
         row = rng.choice(self.medquad)
         asked = rng.choice(row["sections"])
         answer = sentences(asked["answer"])[:2]
-        others = [s for sec in row["sections"] if sec is not asked for s in sentences(sec["answer"])[:4]]
-        if not answer or len(others) < 3:
+        shown = [s for sec in row["sections"] for s in (answer[:1] if sec is asked else sentences(sec["answer"])[:4])]
+        if not answer or len(shown) < 4:
             return None
-        target = answer[0]
-        return self._hide("section", rng, f"{row['focus']}: {asked['qtype']}", [target], [*others, target], room)
+        return self._hide("section", rng, f"{row['focus']}: {asked['qtype']}", answer[:1], shown, room)
 
     def squad_reading(self, rng: random.Random, room: int) -> Exercise | None:
         """A person's question about a paragraph; the sentence that holds the answer, or none."""
@@ -339,11 +339,11 @@ class Exercises:
         row = rng.choice(self.medquad)
         asked = rng.choice(row["sections"])
         answer = sentences(asked["answer"])[: rng.choice((1, 1, 2))]
-        others = [s for sec in row["sections"] if sec is not asked for s in sentences(sec["answer"])[:3]]
+        shown = [s for sec in row["sections"] for s in (answer if sec is asked else sentences(sec["answer"])[:3])]
         question = asked["question"]
         if row["synonyms"] and rng.random() < 0.4:
             question = question.replace(row["focus"], rng.choice(row["synonyms"]))
-        return self._hide("medquad_reading", rng, question, answer, [*answer, *others], room) if answer else None
+        return self._hide("medquad_reading", rng, question, answer, shown, room) if answer else None
 
     def same_question(self, rng: random.Random, room: int) -> Exercise:
         """Does answering the second question answer the first? (RQE)"""

@@ -2,6 +2,7 @@
 
     artifacts/models/<version>/manifest.json      what this is, what it may do, what every file must hash to
     artifacts/models/<version>/<variant>/...      weights and tokenizer of each variant
+    artifacts/models/<version>/assets/...         what else was trained for the product, such as the ranker
     artifacts/models/current                      one line: the version consumers use
 
 A version is written to a temporary folder and renamed into place; `current` moves only after verification. A wrong byte, a
@@ -31,6 +32,8 @@ from shared.settings import ROOT
 
 SCHEMA_VERSION = 1
 MODELS = ROOT / "artifacts" / "models"
+#: folder of the assets inside a version; no variant may be called so
+ASSETS = "assets"
 
 
 class _Strict(BaseModel):
@@ -92,10 +95,14 @@ class Manifest(_Strict):
     use: dict[Literal["cpu", "cuda"], str]
     hardware: dict[str, Any]
     variants: dict[str, Variant]
+    #: files beside the variants, by path relative to the version's folder
+    assets: dict[str, File] = {}
 
 
-def publish(manifest: Manifest, folders: dict[str, Path], models: Path, extra: Callable[[Path], None]) -> Path:
-    """Copy the variants, write the manifest, verify the copy, rename it into place, then move `current`.
+def publish(
+    manifest: Manifest, folders: dict[str, Path], models: Path, extra: Callable[[Path], None], assets: Sequence[Path] = ()
+) -> Path:
+    """Copy the variants and assets, write the manifest, verify the copy, rename it into place, then move `current`.
 
     `extra` may add files (the model card) to the folder before it is renamed. A version is named by its content, so one that
     is already there and verifies is kept. Nothing visible changes when any step fails.
@@ -115,6 +122,10 @@ def publish(manifest: Manifest, folders: dict[str, Path], models: Path, extra: C
                 for path in sorted(folder.rglob("*"))
                 if path.is_file()
             }
+        for path in assets:
+            (aside / ASSETS).mkdir(exist_ok=True)
+            copy = Path(shutil.copy2(path, aside / ASSETS / path.name))
+            manifest.assets[f"{ASSETS}/{path.name}"] = File(sha256=sha256_file(copy), size=copy.stat().st_size)
         write_text(aside / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
         extra(aside)
         verify(aside)
@@ -149,8 +160,8 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """Check schema and every checksum of a version. UserError names the first file that is missing or wrong."""
     manifest = read_manifest(folder)
-    for variant in manifest.variants.values():
-        for name, expected in variant.files.items():
+    for files in (*(variant.files for variant in manifest.variants.values()), manifest.assets):
+        for name, expected in files.items():
             path = folder / name
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"file {name} lies outside the artifact", str(folder), "Do not use it")
@@ -159,6 +170,17 @@ def verify(folder: Path) -> Manifest:
             if path.stat().st_size != expected.size or sha256_file(path) != expected.sha256:
                 raise UserError(f"file {name} is not what was published (checksum)", str(folder), "Publish the version again")
     return manifest
+
+
+def asset(folder: Path, name: str) -> Path | None:
+    """An asset of a version, checked against its checksum; None when the version has none of this name."""
+    expected = read_manifest(folder).assets.get(f"{ASSETS}/{name}")
+    if expected is None:
+        return None
+    path = folder / ASSETS / name
+    if not path.is_file() or sha256_file(path) != expected.sha256:
+        raise UserError(f"file {ASSETS}/{name} is missing or not what was published", str(folder), "Publish the version again")
+    return path
 
 
 def is_whole(folder: Path) -> bool:
@@ -202,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     files = sum(len(v.files) for v in manifest.variants.values())
-    print(f"{manifest.version}: {files} files in {len(manifest.variants)} variants are as published")
+    beside = f" and {len(manifest.assets)} beside them" if manifest.assets else ""
+    print(f"{manifest.version}: {files} files in {len(manifest.variants)} variants{beside} are as published")
     return 0
 
 

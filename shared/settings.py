@@ -63,7 +63,7 @@ class Finetune(_Strict):
 
 
 class Quantize(_Strict):
-    variants: list[Literal["nf4", "int8"]]
+    variants: list[Literal["nf4", "int8", "q8_0", "q4_0"]]
 
 
 class Evaluate(_Strict):

@@ -1,7 +1,7 @@
 """One request of the API, from its prompt to its last chunk: the part between HTTP and the engine.
 
-A reply that is streamed and one that is not are the same events; the one is sent as they come, the other collected. The first event is
-awaited before a status is sent, so that a request the engine fails at once gets 503 and not a broken stream.
+A reply that is streamed and one that is not are the same events; the one is sent as they come, the other collected. The first
+event is awaited before a status is sent, so that a request the engine fails at once gets 503 and not a broken stream.
 """
 
 from __future__ import annotations

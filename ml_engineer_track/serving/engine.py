@@ -27,7 +27,7 @@ Finish = Literal["stop", "length", "cancelled", "failed"]
 IDLE_SECONDS = 0.5
 
 
-class Busy(Exception):
+class Busy(Exception):  # noqa: N818 - it names an answer, not a fault
     """Too many requests are waiting; try again after `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
@@ -35,7 +35,7 @@ class Busy(Exception):
         self.retry_after = retry_after
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(Exception):  # noqa: N818
     """A request this server can never run, whatever else it is doing."""
 
 

@@ -16,7 +16,8 @@ Three things it cannot do are done around it, in the open:
   large model only from the first such request on). Elsewhere `top_logprobs` has one entry.
 * *Failed steps.* A step that raises leaves the pipeline unusable, so a new one is built and only that batch is lost.
 
-A step holds Python's interpreter lock, so the HTTP side runs between steps; the step uses all cores anyway. A `seed` is reproducible only while nothing else is sampled: the engine has one random generator for all requests.
+A step holds Python's interpreter lock, so the HTTP side runs between steps; a step uses all cores anyway. A `seed` is
+reproducible only while nothing else is sampled: the engine has one random generator for all requests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The requests of the OpenAI API this server takes, and the shape of its answers and errors.
 
-A field the server cannot honour is refused instead of ignored: a client that asked for a penalty, a tool or an echo and silently got
-none would look for the fault in the model. Fields that change nothing about a reply (`user`, `metadata`, ...) are accepted.
+A field the server cannot honour is refused instead of ignored: a client that asked for a penalty, a tool or an echo and
+silently got none would look for the fault in the model. Fields that change nothing about a reply (`user`, `metadata`)
+are accepted.
 From vLLM: `structured_outputs`, `ignore_eos`, `max_completion_tokens` beside `max_tokens`.
 """
 

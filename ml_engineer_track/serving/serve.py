@@ -8,9 +8,9 @@ SIGTERM (or Ctrl-C) stops taking requests, lets running replies finish for up to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,10 +52,8 @@ def serve(
     )
     server = uvicorn.Server(config)
     print(f"listening on http://{host}:{taken.getsockname()[1]}/v1, loading {', '.join(e.name for e in found)}", flush=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has drained; it raises the signal again for whoever started it
         server.run(sockets=[taken])
-    except KeyboardInterrupt:
-        pass  # uvicorn has drained; it raises the signal again for whoever started it
     if problems:
         raise problems[0]
     if not server.started or (state.not_ready and state.not_ready != "loading"):
@@ -73,7 +71,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         taken.close()
         why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be taken ({error.strerror})"
-        raise UserError(f"port {port} {why}", f"host {host}", "Choose another with --port") from None
+        raise UserError(f"port {port} of {host} {why}", "", "Choose another with --port") from None
     except OverflowError:
         taken.close()
         raise UserError(f"port {port} does not exist", "--port", "Ports go from 0 to 65535") from None
@@ -94,4 +92,3 @@ async def load_all(state: State, found: Sequence[Entry], limits: Limits) -> None
         print(f"{entry.name}: {served.engine.name}, {served.context} tokens of context, {checked}", flush=True)
     state.not_ready = ""
     print("ready", flush=True)
-    sys.stdout.flush()

@@ -3,8 +3,8 @@
     python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm
     PATH=$PWD/.venv-vllm/bin:$PATH python -m ml_engineer_track serve --engine vllm --variant bf16
 
-Our part is small: start `vllm serve` on the variant's folder, replay the golden prompts as token ids over its API, and stop it when
-the replies differ. It answers on the port before they are compared; /health of vLLM is not our /ready.
+Our part is small: start `vllm serve` on the variant's folder, replay the golden prompts as token ids over its API, and stop it
+when the replies differ. It answers on the port before they are compared; /health of vLLM is not our /ready.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_result() -> Callable[..., Result]:
     """A result with the given records; keyword arguments replace parts of the environment."""
 

@@ -24,7 +24,9 @@ def plan(model: str, method: f.Method = "lora", context: int = 128, batch: int =
 # --- against measured peaks ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", f.METHODS)
+@pytest.mark.parametrize(
+    "method", ["lora", pytest.param("qlora", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
+)
 def test_a_prediction_is_within_15_percent_of_the_measured_peak(method: f.Method) -> None:
     asked = plan(str(BASE_MODEL), method, context=192, batch=2, reply_tokens=48)
     measured = f.measured_peak(asked)

@@ -62,7 +62,8 @@ RECORDS = [
     *(
         record("latency", name, {"what": "run", "batch": batch, "prompt_tokens": tokens, "new_tokens": 32},
                {**times("ttft", 0.07 * tokens * batch**0.8), **times("tpot", tpot * batch**0.3),
-                "prefill_throughput": 14000.0, "decode_throughput": 1e3 * batch**0.7 / tpot, "decode_mbu": 0.17, "prefill_mfu": 0.3},
+                "prefill_throughput": 14000.0, "decode_throughput": 1e3 * batch**0.7 / tpot, "decode_mbu": 0.17,
+                "prefill_mfu": 0.3},
                samples=samples("tpot_ms", tpot))
         for name, (_, tpot, _) in VARIANTS.items()
         for batch, tokens in ((1, 256), (4, 256), (16, 256), (32, 256), (1, 64), (1, 512), (1, 1920))
@@ -104,7 +105,7 @@ RECORDS = [
                    "output_throughput": [1000 - 170 * (1 - math.exp(-n / 30)) for n in range(120)],
                    "ram_bytes": [4.4e8 + 1e5 * n for n in range(120)], "cpu_mhz": [3500 - 6.0 * min(n, 60) for n in range(120)],
                    "cpu_celsius": [None] * 120, "gpu_mhz": [None] * 120, "gpu_celsius": [None] * 120}),
-    record("energy", "bf16", {"batch": 1}, {"joules_per_token": None, "watts": None, "idle_watts": None}, note="no RAPL counters"),
+    record("energy", "bf16", {"batch": 1}, {"joules_per_token": None, "watts": None, "idle_watts": None}, note="no meter"),
     record("peers", "llama.cpp (llama-cpp-python), Q8_0", {"what": "closed", "max_concurrency": 1}, served(25, 22, 1.1)),
     record("peers", "TRL SFTTrainer", {"what": "steps", "method": "lora", "batch": 8}, {"tokens_per_second": 2100.0}),
 ]  # fmt: skip
@@ -121,7 +122,7 @@ TRAINING: dict[str, Any] = {
 # --- the page ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(make_result: Callable[..., Result]) -> str:
     before = make_result(RECORDS, time="2026-11-22T10:00:00+00:00", build_commit="older00")
     return report.page(make_result(RECORDS), before, TRAINING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from benchmarks import serving
 from benchmarks.budget import Task
-from benchmarks.load import Target
+from benchmarks.load import Ask, Target, open_loop
 from shared.errors import UserError
 
 
@@ -49,6 +50,16 @@ def test_the_suite_measures_a_url_with_both_loops_and_the_prefix(
     assert {str(r.case["mix"]) for r in opened} == {"chat", "rag"}
     assert all(r.case["slo"] == "ttft:1000 tpot:100" for r in opened)
     assert stub.seen[-1]["model"] == "stub"
+
+
+@pytest.mark.parametrize(("each_second", "behind"), [(5, False), (60, True)])
+def test_a_server_that_cannot_keep_up_is_called_saturated(
+    each_second: float, behind: bool, make_stub: Callable[..., Any]
+) -> None:
+    stub = make_stub(first=0.05, each=0.0, slots=1)  # at most 20 a second
+    target = Target(stub.url, "stub", {"ignore_eos": True})
+    load = asyncio.run(open_loop(target, [Ask("one", 1)], each_second, 20, 7))
+    assert serving.falls_behind(load, each_second, 7) is behind
 
 
 def test_prompts_are_fixed_by_the_seed_and_share_no_prefix() -> None:

@@ -153,6 +153,7 @@ def test_large_collections_wait_for_time(monkeypatch: pytest.MonkeyPatch) -> Non
         retrieval, "embedding", lambda texts, seed: (retrieval.Record(suite="retrieval", model="m"), some_vectors(50))
     )
     monkeypatch.setattr(retrieval, "SIZES", (100, 10_000_000))
+    monkeypatch.setattr(retrieval, "QUERIES", 10)
     task = Task("retrieval", {}, 100)
     assert len(list(retrieval.measure(task))) == 2
     assert "10,000,000 passages" in task.skipped[0]

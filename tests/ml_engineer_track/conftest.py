@@ -179,21 +179,20 @@ def corpus(corpus_folder: Path) -> Corpus:
 
 
 def made_up_matches(documents: list[list[str]], each: int = 60) -> Matches:
-    """`each` questions and as many statements: one sentence nearest, two hardly less near, all others clearly less.
+    """`each` questions and as many statements; the two sentences around the nearest one are hardly less near, all others clearly.
 
-    The nearest sentence of a statement is its neighbour, and a statement is not matched to itself, as `match` has it.
+    A statement's nearest sentence stands before it, and it is never matched to itself, as `match` has it.
     """
     sentences = [s for d in documents for s in d]
-    rng, nearest = np.random.default_rng(0), []
-    best = rng.choice(len(sentences) - 1, 2 * each, replace=False)
+    rng, nearest, width = np.random.default_rng(0), [], len(sentences) - 4
+    best = rng.choice(np.arange(1, len(sentences) - 2), 2 * each, replace=False)
     for number, first in enumerate(best):
-        own = first + 1 if number >= each else first  # the nearest one is left out of the rest in either case
-        rest = [i for i in rng.permutation(len(sentences)) if i not in (first, own)]
-        nearest.append([first, *rest[: len(sentences) - 2]])
-    cosine = np.tile(np.concatenate([[0.9, 0.85, 0.8], np.linspace(0.7, 0.1, len(sentences) - 5)]), (2 * each, 1))
+        near = [first, first + 2, first - 1]
+        itself = first + 1 if number >= each else -1
+        nearest.append([*near, *(i for i in rng.permutation(len(sentences)) if i not in near and i != itself)][:width])
+    cosine = np.tile(np.concatenate([[0.9, 0.85, 0.8], np.linspace(0.7, 0.1, width - 3)]), (2 * each, 1))
     questions = [f"could somebody tell me about number {n}?" for n in range(each)] + [sentences[i + 1] for i in best[each:]]
-    document = [i for i, d in enumerate(documents) for _ in d]
-    return Matches(questions, each, sentences, document, np.array([row[: cosine.shape[1]] for row in nearest]), cosine)
+    return Matches(questions, each, sentences, [i for i, d in enumerate(documents) for _ in d], np.array(nearest), cosine)
 
 
 @pytest.fixture(scope="session")

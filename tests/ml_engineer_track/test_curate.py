@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from ml_engineer_track import curate as c
 from ml_engineer_track.curate import CuratedData, Row, curate
 from shared import library as lib
-from shared.chat import NOT_ANSWERED, Decision, Verdict, parse_answer
+from shared.chat import NOT_ANSWERED, Decision, Message, Verdict, answer_text, follow_up, parse_answer
 from shared.errors import UserError
 from shared.files import read_jsonl
 from shared.library import SPLITS, Library
@@ -41,6 +42,11 @@ def add_row(datasets: Path, file: str, **changes: Any) -> None:
 
 def quarantine(data: CuratedData) -> list[dict[str, Any]]:
     return read_jsonl(data.folder / "quarantine.jsonl")
+
+
+def talks(data: CuratedData, split: lib.Split = "train") -> list[Row]:
+    """Rows in which more than one question is asked."""
+    return [row for row in data.rows(split) if len(row.messages) > 1]
 
 
 def ids(data: CuratedData, split: lib.Split) -> set[str]:
@@ -93,7 +99,7 @@ def test_no_test_sentence_is_in_any_training_prompt(small_data: CuratedData, lib
     assert len(own_to_test) > 500
     test_titles = {leaf.title for leaf in library if leaf.split == "test"}
     for row in small_data.rows("train"):
-        lines = {line.split("] ", 1)[-1] for line in row.messages[0]["content"].splitlines()}
+        lines = {line.split("] ", 1)[-1] for message in row.messages for line in message["content"].splitlines()}
         assert not lines & own_to_test
         if row.skill == "decide":
             assert not test_titles & set(row.messages[0]["content"].split("Leaflets: ")[1].split("\n")[0].split("; "))
@@ -103,7 +109,8 @@ def test_families_stay_apart(small_data: CuratedData, library: Library) -> None:
     families: dict[str, set[str]] = {split: set() for split in SPLITS}
     for split in SPLITS:
         for row in small_data.rows(split):
-            quoted = row.sources if row.skill == "judge" else [row.sources[n - 1] for n in row.gold]
+            all_own = row.skill == "judge" or len(row.messages) > 1
+            quoted = row.sources if all_own else [row.sources[n - 1] for n in row.gold]
             families[split] |= {library.leaflets[sid.split("/")[0]].family for sid in quoted}
     assert all(families.values())
     assert not families["train"] & families["validation"]
@@ -111,9 +118,13 @@ def test_families_stay_apart(small_data: CuratedData, library: Library) -> None:
     assert not families["validation"] & families["test"]
 
 
-def test_a_withheld_row_shows_nothing_of_its_leaflet_and_says_so(small_data: CuratedData, small_datasets: Path) -> None:
+def test_a_withheld_row_shows_nothing_of_its_leaflet_and_says_so(
+    small_settings: Settings, small_datasets: Path, tmp_path: Path
+) -> None:
     questions = {q.id: q for q in lib.read_rows(small_datasets, "questions.jsonl", lib.Question)[0]}
-    withheld = [r for r in small_data.rows("train", "answer") if not r.gold and questions[r.id.split("#")[0]].answerable]
+    each = small_settings.curate.model_copy(update={"single_share": 1.0, "conversations": 0})
+    data = curate(small_settings.model_copy(update={"curate": each, "artifacts": tmp_path}))
+    withheld = [r for r in data.rows("train", "answer") if not r.gold and questions[r.id.split("#")[0]].answerable]
     assert withheld
     for row in withheld:
         assert row.reply == NOT_ANSWERED
@@ -127,7 +138,7 @@ def test_only_training_questions_are_withheld(small_data: CuratedData, small_dat
 
 
 def test_copies_show_a_question_again_with_other_distractors(make_settings: MakeSettings) -> None:
-    data = curate(make_settings(curate={"copies": 4, "max_sources": 20, "max_prompt_tokens": 2000}))
+    data = curate(make_settings(curate={"copies": 4, "max_sources": 20, "max_prompt_tokens": 2000, "single_share": 1.0}))
     copies = [r for r in data.rows("train", "answer") if r.id.startswith("q-colds-1#")]
     assert len(copies) == 4
     assert len({r.messages[0]["content"] for r in copies}) > 1
@@ -135,8 +146,128 @@ def test_copies_show_a_question_again_with_other_distractors(make_settings: Make
 
 
 def test_an_answer_prompt_keeps_to_the_number_of_sources_asked_for(make_settings: MakeSettings) -> None:
-    data = curate(make_settings(curate={"max_sources": 10}))
+    data = curate(make_settings(curate={"max_sources": 10, "single_share": 1.0}))
     assert {len(r.sources) for r in data.rows("train", "answer")} == {10}
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+#: what is asked about the common cold -> the sentences that answer it
+ASKED = {
+    "What does the word common cold mean?": ["overview/1"],
+    "How will I notice that it has got me?": ["symptoms/1"],
+    "Which of the signs come last?": ["symptoms/3", "symptoms/2"],
+    "Who or what gave it to us?": ["causes/2"],
+    "Is there any treatment that works?": ["treatment/1"],
+    "Should grandmother see somebody about hers?": ["see-a-doctor/4"],
+    "When must an ambulance come?": ["emergency/1", "emergency/2"],
+    "How do we keep the baby from catching one?": ["prevention/5"],
+    "Do hot drinks and more sleep do any good?": ["self-care/2", "prevention/1"],
+}
+TALKATIVE = {"max_sources": 12, "max_prompt_tokens": 2000, "conversations": 6, "conversation_turns": 4, "single_share": 0.0}
+
+
+@pytest.fixture
+def asked(mini_datasets: Path) -> dict[str, list[str]]:
+    """The mini data with more questions about one leaflet of every split, and one that nothing answers; texts with ids."""
+    # In another order the same words are no duplicate.
+    for split, slug, order in (
+        ("train", "common-cold", list),
+        ("validation", "tonsillitis", sorted),
+        ("test", "minor-burns", reversed),
+    ):
+        for n, (question, sentences) in enumerate(ASKED.items()):
+            told = {"question": " ".join(order(question.split())), "leaflets": [slug]}
+            told["answer_sentences"] = [f"{slug}/{s}" for s in sentences]
+            add_row(mini_datasets, "questions.jsonl", id=f"q-{slug}-{n}", split=split, **told)
+    nothing = {"answerable": False, "leaflets": [], "answer_sentences": []}
+    add_row(mini_datasets, "questions.jsonl", id="q-open", question="Who was the first person with a cold?", **nothing)
+    rows = [lib.Question.model_validate(row) for row in read_jsonl(mini_datasets / "questions.jsonl")]
+    return {row.question: row.answer_sentences for row in rows}
+
+
+def turns(row: Row) -> list[tuple[str, str]]:
+    """Questions with their replies."""
+    questions = [m["content"].split("Question: ")[-1] for m in row.messages[::2]]
+    return list(zip(questions, [*(m["content"] for m in row.messages[1::2]), row.reply], strict=True))
+
+
+def test_a_conversation_asks_about_the_sources_of_its_first_message(
+    make_settings: MakeSettings, asked: dict[str, list[str]]
+) -> None:
+    rows = talks(curate(make_settings(curate=TALKATIVE)))
+    assert len(rows) >= 6
+    for row in rows:
+        assert row.skill == "answer"
+        assert [m["role"] for m in row.messages] == ["user", "assistant"] * (len(row.messages) // 2) + ["user"]
+        assert all(m == follow_up(question) for m, (question, _) in zip(row.messages[2::2], turns(row)[1:], strict=True))
+        assert [m["content"].count("Sources:") for m in row.messages] == [1] + [0] * (len(row.messages) - 1)
+        assert len(row.sources) == len(set(row.sources)) <= 12
+        questions = [question for question, _ in turns(row)]
+        assert 2 <= len(set(questions)) == len(questions) <= 4
+
+
+def test_every_reply_of_a_conversation_quotes_the_annotated_sentences_or_none_of_them_is_shown(
+    make_settings: MakeSettings, mini_datasets: Path, asked: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = lib.load_library(mini_datasets)
+    replies = []
+    for row in talks(curate(make_settings(curate={**TALKATIVE, "copies": 12}))):
+        sources = c._sources(library, row.sources)
+        for question, reply in turns(row):
+            wanted = asked[question]
+            if set(wanted) <= set(row.sources):
+                assert reply == answer_text([row.sources.index(sid) + 1 for sid in wanted], sources)
+            else:
+                assert reply == NOT_ANSWERED
+                assert not set(wanted) & set(row.sources)
+            replies.append(reply)
+    assert 0 < replies.count(NOT_ANSWERED) < len(replies) / 10
+
+
+def test_all_sections_of_a_leaflet_are_gone_through_and_its_look_alikes_are_among_them(
+    make_settings: MakeSettings, asked: dict[str, list[str]]
+) -> None:
+    sources = {sid for row in talks(curate(make_settings(curate=TALKATIVE))) for sid in row.sources}
+    assert {sid.split("/")[1] for sid in sources if sid.startswith("common-cold/")} == set(lib.SECTIONS)
+    assert {sid.split("/")[0] for sid in sources} == {"common-cold", "influenza"}
+
+
+def test_only_training_has_conversations_and_each_has_an_id_of_its_own(
+    make_settings: MakeSettings, asked: dict[str, list[str]]
+) -> None:
+    data = curate(make_settings(curate={**TALKATIVE, "copies": 2}))
+    assert talks(data, "validation") == talks(data, "test") == []
+    assert {"q-minor-burns-0", "q-minor-burns-8"} <= ids(data, "test")
+    named = [row.id for row in data.rows("train")]
+    assert len(set(named)) == len(named)
+
+
+@pytest.mark.parametrize(("share", "fewest", "most"), [(0.0, 0, 0), (0.5, 6, 34), (1.0, 40, 40)])
+def test_as_many_questions_as_asked_for_also_get_a_row_of_their_own(
+    make_settings: MakeSettings, asked: dict[str, list[str]], share: float, fewest: int, most: int
+) -> None:
+    data = curate(make_settings(curate={**TALKATIVE, "single_share": share, "copies": 4}))
+    single = [row.id for row in data.rows("train", "answer") if len(row.messages) == 1]
+    assert fewest <= len([name for name in single if not name.startswith("q-open")]) <= most
+    assert len([name for name in single if name.startswith("q-open")]) == 4  # what is not answered is always shown
+    assert talks(data)
+
+
+def test_without_conversations_every_row_is_one_question(make_settings: MakeSettings, asked: dict[str, list[str]]) -> None:
+    data = curate(make_settings(curate={**TALKATIVE, "conversations": 0, "single_share": 1.0}))
+    assert talks(data) == []
+
+
+def test_a_conversation_is_measured_with_all_of_its_turns(tokenizer: PreTrainedTokenizerBase) -> None:
+    opening = Row(id="one", split="train", skill="answer", messages=[follow_up("What helps?")], reply="[1] Rest.")
+    more: list[Message] = [{"role": "assistant", "content": "[1] Rest."}, follow_up("What else helps?")]
+    talk = opening.model_copy(update={"id": "talk", "messages": [*opening.messages, *more]})
+    dropped: list[dict[str, Any]] = []
+    limit = len(tokenizer(opening.messages[0]["content"] + opening.reply, add_special_tokens=False)["input_ids"])
+    assert c._fit([opening, talk], tokenizer, limit, dropped) == [opening]
+    assert [q["id"] for q in dropped] == ["talk"]
+    assert dropped[0]["tokens"] > 1.8 * limit
 
 
 # --- what is left out ------------------------------------------------------------------------------------------------
@@ -172,7 +303,7 @@ def test_a_nearly_repeated_question_is_dropped_and_the_test_row_kept(make_settin
 
 def test_different_questions_are_not_taken_for_duplicates(make_settings: MakeSettings, mini_datasets: Path) -> None:
     add_row(mini_datasets, "questions.jsonl", id="q-colds-2", question="How long does a cold last in children?")
-    data = curate(make_settings())
+    data = curate(make_settings(curate={"single_share": 1.0}))
     assert "q-colds-2" in ids(data, "train")
     assert data.dropped == {}
 
@@ -352,5 +483,6 @@ def test_normalising_keeps_words_and_composes_accents() -> None:
 
 def test_control_characters_in_a_question_do_not_reach_the_prompt(make_settings: MakeSettings, mini_datasets: Path) -> None:
     add_row(mini_datasets, "questions.jsonl", id="q-pasted", question="How long\x07 does\u200b a\ncold last?")
-    (row,) = [r for r in curate(make_settings()).rows("train", "answer") if r.id.startswith("q-pasted")]
+    data = curate(make_settings(curate={"single_share": 1.0}))
+    (row,) = [r for r in data.rows("train", "answer") if r.id.startswith("q-pasted")]
     assert "Question: How long does a cold last?" in row.messages[0]["content"].splitlines()

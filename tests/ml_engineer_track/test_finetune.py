@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track import finetune as ft
-from ml_engineer_track.curate import CuratedData, curate
+from ml_engineer_track.curate import CuratedData, Row, curate
 from ml_engineer_track.finetune import Batch, Example, Tuned
-from ml_engineer_track.models import load_model, without_cpu_fast_path
+from ml_engineer_track.models import load_model, prompt_text, without_cpu_fast_path
+from shared.chat import NOT_ANSWERED, Source, answer_messages, answer_text, follow_up
 from shared.errors import UserError
 from shared.settings import ROOT, Settings
 
@@ -86,6 +88,99 @@ def test_encoding_puts_the_prompt_through_the_template_and_ends_the_reply(
         whole = tokenizer.apply_chat_template([*row.messages, {"role": "assistant", "content": row.reply}], tokenize=False)
         assert tokenizer.decode(example.ids) == whole
         assert tokenizer.decode(example.ids[-example.reply :]) == row.reply + tokenizer.eos_token
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+SAID = [
+    Source(id=f"cold/self-care/{n}", heading="Cold: Self-care", text=t) for n, t in enumerate(("Rest.", "Drink.", "Go out."), 1)
+]
+TALK = Row(
+    id="cold#0", split="train", skill="answer",
+    messages=[
+        *answer_messages("What helps?", SAID), {"role": "assistant", "content": answer_text([2, 1], SAID)},
+        follow_up("What is its name in [2] words?"), {"role": "assistant", "content": NOT_ANSWERED},
+        follow_up("And then?"),
+    ],
+    reply=answer_text([3], SAID),
+)  # fmt: skip
+REPLIES = ["[2] Drink. [1] Rest.", NOT_ANSWERED, "[3] Go out."]
+
+
+def learnt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The runs of tokens that carry a weight, as text."""
+    weights = [0.0] * (len(example.ids) - example.reply) + example.weights
+    runs: list[list[int]] = [[]]
+    for token, weight in zip(example.ids, weights, strict=True):
+        if weight:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def test_a_conversation_is_what_the_chat_template_makes_of_all_of_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    [example] = ft.encode([TALK], tokenizer)
+    whole = tokenizer.apply_chat_template([*TALK.messages, {"role": "assistant", "content": TALK.reply}], tokenize=False)
+    assert example.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_every_reply_of_a_conversation_is_learnt_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
+    [example] = ft.encode([TALK], tokenizer)
+    assert learnt(example, tokenizer) == [reply + tokenizer.eos_token for reply in REPLIES]
+    opening = tokenizer(prompt_text(tokenizer, TALK.messages[:1]), add_special_tokens=False)["input_ids"]
+    assert len(example.ids) - example.reply == len(opening)
+
+
+def test_what_decides_weighs_more_in_every_reply_and_never_in_a_question(tokenizer: PreTrainedTokenizerBase) -> None:
+    [example] = ft.encode([TALK], tokenizer, choice_weight=20.0)
+    replies = example.ids[-example.reply :]
+    heavy = [tokenizer.decode([i]) for i, weight in zip(replies, example.weights, strict=True) if weight == 20.0]
+    assert heavy == ["[2]", "[1]", "The", "[3]"]  # the [2] of the second question is not among them
+    assert set(example.weights) == {0.0, 1.0, 20.0}
+    assert learnt(example, tokenizer) == [reply + tokenizer.eos_token for reply in REPLIES]
+
+
+def test_conversations_and_single_rows_are_encoded_as_they_would_be_alone(
+    tokenizer: PreTrainedTokenizerBase, small_data: CuratedData
+) -> None:
+    rows = [*small_data.rows("test")[:3], TALK, *small_data.rows("test")[3:5], TALK]
+    assert ft.encode(rows, tokenizer, 5.0) == [ft.encode([row], tokenizer, 5.0)[0] for row in rows]
+
+
+def test_where_a_template_rewrites_earlier_turns_only_the_last_reply_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Templates of models that think leave a place for it in front of the reply to come, and not in earlier ones."""
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = str(tokenizer.chat_template).replace("'<|assistant|>'", "'<|assistant|>(thinks)'")
+    assert thinking.chat_template != tokenizer.chat_template
+    [example] = ft.encode([TALK], thinking, 20.0)
+    whole = prompt_text(thinking, TALK.messages) + TALK.reply + thinking.eos_token
+    assert whole.count("(thinks)") == 1
+    assert thinking.decode(example.ids) == whole
+    assert learnt(example, thinking) == [TALK.reply + thinking.eos_token]
+    assert example.weights == [20.0] + [1.0] * (example.reply - 1)
+
+
+def test_a_template_that_ends_turns_with_a_line_break_loses_no_reply(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As ChatML does: what follows the end token belongs to the next turn of the person."""
+    lines = copy.deepcopy(tokenizer)
+    lines.chat_template = str(tokenizer.chat_template).replace("'<|end|>'", "'<|end|>\\n'")
+    [example] = ft.encode([TALK], lines)
+    whole = lines.apply_chat_template([*TALK.messages, {"role": "assistant", "content": TALK.reply}], tokenize=False)
+    assert lines.decode(example.ids) + "\n" == whole
+    assert learnt(example, lines) == [reply + lines.eos_token for reply in REPLIES]
+
+
+def test_the_loss_of_a_conversation_is_that_of_its_replies(micro: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    [talk] = ft.encode([TALK], tokenizer, 20.0)
+    ids = torch.tensor([talk.ids], device=micro.device)
+    with torch.no_grad():
+        log_probabilities = micro(ids).logits[0].double().log_softmax(-1)
+        loss, weight = ft.reply_losses(micro, ft.collate([talk, THREE[0]], 0))
+    first = len(talk.ids) - talk.reply
+    by_hand = -sum(w * log_probabilities[at - 1, talk.ids[at]].item() for at, w in enumerate(talk.weights, start=first))
+    assert weight == pytest.approx(sum(talk.weights) + THREE[0].reply)
+    assert float(loss) == pytest.approx(by_hand + loss_by_hand(micro, THREE[0]), rel=1e-4)
 
 
 # --- the order of rows -----------------------------------------------------------------------------------------------

@@ -22,13 +22,14 @@ from ml_engineer_track.evaluate import Scores
 from ml_engineer_track.finetune import Tuned
 from ml_engineer_track.publish import Published
 from ml_engineer_track.quantize import Variants
+from ml_engineer_track.train_ranker import TrainedRanker
 from shared import handoff
 from shared.errors import UserError
 from shared.metrics import Estimate
 from shared.settings import OVERRIDES, ROOT, Settings, load_settings
 
 MakeSettings = Callable[..., Settings]
-STAGES = ["curate", "finetune", "quantize", "evaluate", "benchmark", "publish"]
+STAGES = ["curate", "finetune", "quantize", "evaluate", "benchmark", "train-ranker", "publish"]
 
 
 # --- one stage at a time ---------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def test_a_stage_is_skipped_when_nothing_changed_and_says_so(
     assert "unchanged" not in capsys.readouterr().out
     assert stage() == first
     assert work.done == 1
-    assert capsys.readouterr().out.startswith("[6/6] publish: unchanged, skipped (m-1")
+    assert capsys.readouterr().out.startswith("[7/7] publish: unchanged, skipped (m-1")
 
 
 def test_a_stage_is_redone_for_another_input_setting_or_stage_before_it(
@@ -181,6 +182,11 @@ def quick(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> Setti
         folders = {name: leave(work / "quantize" / name / "model.safetensors") for name in ("bf16", "nf4")}
         return Variants({name: str(folder) for name, folder in folders.items()}, {"bf16": 2, "nf4": 1})
 
+    def ranked(*_: Any) -> TrainedRanker:
+        folder = leave(work / "train-ranker" / "ranker.json")
+        names = [f"{name}/leaflet_recall@5" for name in ("bm25", "dense", "ranker")]
+        return TrainedRanker(str(folder / "ranker.json"), 9, dict.fromkeys(names, figure))
+
     def published(*_: Any) -> Published:
         folder = leave(models / "m-1" / "manifest.json")
         handoff.set_current(models, "m-1")
@@ -195,6 +201,7 @@ def quick(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> Setti
         "evaluate": lambda *given: Scores(given[-1], {"grounded/evidence_f1": figure}, []),
         "benchmark": lambda _, folders: {"models": {name: {"batch": {"1": {"decode_throughput": 9}}} for name in folders}},
         "training_throughput": lambda *_: {"ratio": 1.5},
+        "train_ranker": ranked,
         "publish": published,
     }
     for name, done in work_of.items():
@@ -221,7 +228,8 @@ def skipped(output: str) -> dict[str, bool]:
 
 
 def redone_from(first: str) -> dict[str, bool]:
-    return {name: STAGES.index(name) < STAGES.index(first) for name in STAGES}
+    """Which stages are skipped: those before, and the ranker, which depends on the data alone."""
+    return {name: STAGES.index(name) < STAGES.index(first) or name == "train-ranker" != first for name in STAGES}
 
 
 def test_a_first_run_does_every_stage_and_a_second_one_none(quick: Settings, run: Callable[[Settings], dict[str, bool]]) -> None:
@@ -251,7 +259,7 @@ def test_a_changed_sentence_redoes_everything(quick: Settings, run: Callable[[Se
     run(quick)
     leaflet = quick.datasets / "health_library" / "common-cold.md"
     leaflet.write_text(leaflet.read_text(encoding="utf-8").replace("causes fact 1", "causes fact one"), encoding="utf-8")
-    assert run(quick) == redone_from("curate")
+    assert run(quick) == dict.fromkeys(STAGES, False)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +269,7 @@ def test_a_changed_sentence_redoes_everything(quick: Settings, run: Callable[[Se
         ("finetune", "work/*/finetune/best/adapter_model.safetensors"),
         ("quantize", "work/*/quantize/nf4"),
         ("quantize", "work/*/quantize/bf16/model.safetensors"),
+        ("train-ranker", "work/*/train-ranker/ranker.json"),
         ("publish", "models/current"),
         ("publish", "models/m-1"),
     ],
@@ -350,7 +359,7 @@ def test_a_model_path_without_a_model_is_refused_before_any_work(
     prepared: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, word: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    if word not in ("evaluate", "benchmark"):  # these take any model as --path
+    if word not in ("evaluate", "benchmark", "train-ranker"):  # the first two take any model as --path, the last one none
         assert f"config.json is missing) in {tmp_path / 'empty'}" in command(
             monkeypatch, capsys, word, "--model", str(tmp_path / "empty")
         )
@@ -384,7 +393,7 @@ def test_a_second_run_at_the_same_time_is_refused(
     prepared: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with p.locked_stages(load_settings()):
-        for word in ("run", "curate", "finetune", "quantize", "evaluate", "publish"):
+        for word in ("run", "curate", "finetune", "quantize", "evaluate", "train-ranker", "publish"):
             assert "another run is using this working folder" in command(monkeypatch, capsys, word)
     with p.locked_stages(load_settings()) as stages:  # and once the first has ended, the next may begin
         assert isinstance(stages, p.Stages)
@@ -499,7 +508,7 @@ def test_the_smoke_preset_runs_from_leaflets_to_a_published_model(
     assert done.stderr == ""
     assert skipped(done.stdout) == dict.fromkeys(STAGES, False)
     manifest = handoff.verify(handoff.current(folder / "artifacts" / "models"))
-    assert set(manifest.variants) == {"bf16", "nf4"}
+    assert set(manifest.variants) == {"bf16", "nf4", "q8_0"}
     assert manifest.variants["nf4"].weight_bytes < manifest.variants["bf16"].weight_bytes
     facts = json.loads((folder / "artifacts" / "reports" / "ml.json").read_text(encoding="utf-8"))
     assert facts["version"] == manifest.version

@@ -1,9 +1,8 @@
-"""Making a base model: resumable to the last digit, a tokenizer that loses nothing, and a folder anybody can load."""
+"""Making a base model: resumable to the last digit, a loss of two means, and a folder anybody can load."""
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,15 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track import pretrain as pt
 from ml_engineer_track.models import load_model
-from ml_engineer_track.reading import Exercise, Exercises, load_corpus
+from ml_engineer_track.pretrain_data import USER, Batches, write_token_files
+from ml_engineer_track.reading import Corpus, Exercises
 from ml_engineer_track.ship_base import ship
-from shared.chat import MAX_SOURCES, answer_messages
 from shared.settings import BASE_MODEL
 
 TEST = pt.EDITIONS["test"]
@@ -29,10 +26,9 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def run(corpus_folder: Path, exercises: Exercises, own: PreTrainedTokenizerBase, pretrained: Path) -> Run:
+def run(corpus: Corpus, exercises: Exercises, own: PreTrainedTokenizerBase, pretrained: Path) -> Run:
     """Train fifty steps in a folder, with a checkpoint at 25."""
-    corpus = load_corpus(corpus_folder)
-    tokens = pt.write_token_files(corpus, own, pretrained / "tokens")
+    tokens = write_token_files(corpus, own, pretrained / "tokens")
     held_out = Exercises(corpus, held_out=True)
 
     def train(work: Path, checkpoint_every: int = 25) -> Path:
@@ -57,8 +53,8 @@ def log_of(work: Path) -> list[dict[str, float]]:
 
 
 def test_the_stages_follow_each_other() -> None:
-    assert [pt.stage_at(TEST, step).name for step in range(8)] == ["copy"] * 4 + ["anneal"] * 4
-    assert pt.stage_at(TEST, 99).name == "anneal"
+    assert [TEST.stage_at(step).name for step in range(8)] == ["copy"] * 4 + ["anneal"] * 4
+    assert TEST.stage_at(99).name == "anneal"
     for edition in pt.EDITIONS.values():
         assert edition.steps == sum(stage.steps for stage in edition.stages)
         assert all(sum(stage.mix.values()) == pytest.approx(1.0) for stage in edition.stages)
@@ -80,10 +76,58 @@ def test_a_run_of_another_length_keeps_its_stages_in_proportion() -> None:
     assert all(s.steps >= 1 for s in pt.with_steps(pt.EDITIONS["cpu"], 3).stages)
 
 
+def test_a_teacher_is_asked_only_by_editions_that_have_one(
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path | None] = []
+    monkeypatch.setattr(Corpus, "add_matches", lambda self, cache=None: asked.append(cache))
+    monkeypatch.setattr(pt, "train", lambda *given: given[-1] / "model")
+    for teacher in (False, True):
+        pt.pretrain(corpus_folder, replace(TEST, teacher=teacher), tmp_path)
+        assert asked == ([tmp_path / "matches.npz"] if teacher else [])
+
+
+def test_the_loss_is_a_weighted_mean_over_replies_and_a_mean_over_given_text(
+    exercises: Exercises, own: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pt, "compute_dtype", lambda target: torch.float32)
+    one = replace(TEST, stages=(pt.Stage("only", 1, 256, 4, {"find": 0.5, "quiz": 0.5}, 0.1),))
+    model = pt.new_model(one, own)
+    ids, replies, language = Batches(exercises, {}, own, one)[0]
+    with torch.no_grad():
+        log_probabilities = model(ids, use_cache=False).logits.double().log_softmax(-1)
+    losses = -log_probabilities[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    weights = replies[:, 1:].double()
+    pt.train(pt.new_model(one, own), own, exercises, exercises, {}, one, tmp_path)
+    (row,) = log_of(tmp_path)
+    assert row["loss"] == pytest.approx(float((losses * weights).sum() / weights.sum()), abs=1e-3)
+    assert row["language_loss"] == pytest.approx(float(losses[language[:, 1:]].mean()), abs=1e-3)
+
+
+def test_given_text_counts_for_as_much_as_the_stage_says(
+    exercises: Exercises, own: PreTrainedTokenizerBase, corpus: Corpus, pretrained: Path, tmp_path: Path
+) -> None:
+    """A step of text alone moves nothing when text has no weight, and its loss over no replies is 0 and no division by it."""
+    tokens = write_token_files(corpus, own, pretrained / "tokens")
+    moved = []
+    for weight in (0.0, 0.5):
+        text = replace(TEST, warmup=1, stages=(pt.Stage("only", 1, 64, 4, {"language": 1.0}, weight),))
+        work = tmp_path / str(weight)
+        work.mkdir()
+        pt.train(pt.new_model(text, own), own, exercises, exercises, tokens, text, work)
+        (row,) = log_of(work)
+        assert row["loss"] == 0.0
+        assert row["language_loss"] > 1.0
+        before = pt.new_model(text, own).get_input_embeddings().weight
+        moved.append(not torch.equal(weights(work)["model.embed_tokens.weight"], before))
+    assert moved == [False, True]
+
+
 def test_training_lowers_the_loss_and_reports_its_speed(untroubled: Path) -> None:
     rows = log_of(untroubled)
     assert [row["step"] for row in rows] == [25, 50]
     assert rows[0]["loss"] < np.log(TEST.vocab) + 0.5
+    assert rows[1]["language_loss"] < rows[0]["language_loss"] < np.log(TEST.vocab) + 0.5
     for row in rows:
         assert row["tokens_per_second"] > 0
         assert 0 <= row["data_wait_share"] <= 1
@@ -107,7 +151,10 @@ def test_an_interrupted_run_goes_on_and_gives_the_losses_and_weights_of_an_untro
             run(tmp_path)
     run(tmp_path)
     assert "resuming at step 25 of 50" in capsys.readouterr().out
-    assert [(row["step"], row["loss"]) for row in log_of(tmp_path)] == [(r["step"], r["loss"]) for r in log_of(untroubled)]
+    wanted, found = (
+        [(row["step"], row["loss"], row["language_loss"]) for row in log_of(work)] for work in (untroubled, tmp_path)
+    )
+    assert found == wanted
     torch.testing.assert_close(weights(tmp_path), weights(untroubled), rtol=0, atol=0)
 
 
@@ -150,7 +197,7 @@ def test_a_shipped_folder_loads_with_plain_auto_classes(pretrained: Path, tmp_pa
     assert model.dtype == torch.bfloat16
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
     assert model.config.eos_token_id == tokenizer.eos_token_id
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(pt.USER)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(USER)
     saved = AutoModelForCausalLM.from_pretrained(pretrained / "model", dtype=torch.bfloat16)
     torch.testing.assert_close(dict(model.state_dict()), dict(saved.state_dict()), rtol=0, atol=0)
 

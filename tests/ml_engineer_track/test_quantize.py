@@ -134,6 +134,6 @@ def test_quantizing_again_replaces_what_is_there(make_settings: Callable[..., Se
     stale.parent.mkdir(parents=True)
     stale.write_text("x", encoding="utf-8")
     made = q.quantize(settings, tuned)
-    assert set(made.folders) == {"bf16", "nf4"}
+    assert set(made.folders) == {"bf16", "nf4", "q8_0"}
     assert not stale.exists()
-    assert sorted(p.name for p in (settings.work / "quantize").iterdir()) == ["bf16", "nf4"]
+    assert sorted(p.name for p in (settings.work / "quantize").iterdir()) == ["bf16", "nf4", "q8_0"]

@@ -67,6 +67,12 @@ def test_the_sources_stand_before_the_question_and_each_heading_once() -> None:
     ]
 
 
+def test_a_further_question_is_laid_out_as_the_first_one_without_its_sources() -> None:
+    assert chat.follow_up("What\n helps?") == {"role": "user", "content": "Question: What helps?"}
+    first = content(chat.answer_messages("What helps?", sources("Rest.")))
+    assert first.split("\n\n")[-1] == content([chat.follow_up("What helps?")])
+
+
 def test_sixty_sources_fit_and_one_more_is_an_error() -> None:
     assert chat.render_sources(sources(*["Rest."] * 60)).endswith("[60] Rest.")
     with pytest.raises(ValueError, match="61 sources, at most 60"):
@@ -104,6 +110,7 @@ def test_a_reply_outside_the_schema_is_refused(kind: type[Decision | Verdict], r
 #: what a text goes into -> (the prompt with that text in it, the start of the one line it may appear on)
 FIELDS: dict[str, tuple[Callable[[str], list[Message]], str]] = {
     "question to answer": (lambda t: chat.answer_messages(t, sources("Rest.")), "Question: "),
+    "further question": (lambda t: [chat.follow_up(t)], "Question: "),
     "source to answer from": (lambda t: chat.answer_messages("Why?", sources("Rest.", t, "Drink.")), "[2] "),
     "message to decide on": (lambda t: chat.decide_messages(t, ["Cold"]), "Message: "),
     "title of a leaflet found": (lambda t: chat.decide_messages("I cough", ["Cold", t]), "Leaflets: Cold; "),

@@ -137,6 +137,43 @@ def test_publishing_a_version_again_mends_a_damaged_first_copy(models: Path, ver
     assert handoff.current(models) == version
 
 
+# --- assets beside the variants --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_asset(models: Path, folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A published version that carries a ranker."""
+    (tmp_path / "ranker.json").write_text('{"weights": [1]}', encoding="utf-8")
+    return handoff.publish(a_manifest(), folders, models, a_card, [tmp_path / "ranker.json"])
+
+
+def test_an_asset_is_copied_listed_and_found(with_asset: Path) -> None:
+    manifest = handoff.verify(with_asset)
+    assert set(manifest.assets) == {"assets/ranker.json"}
+    assert manifest.assets["assets/ranker.json"].size == 16
+    found = handoff.asset(with_asset, "ranker.json")
+    assert found is not None
+    assert found.read_text(encoding="utf-8") == '{"weights": [1]}'
+    assert handoff.asset(with_asset, "other.json") is None
+
+
+def test_a_damaged_or_missing_asset_is_refused_by_name(with_asset: Path) -> None:
+    path = with_asset / "assets" / "ranker.json"
+    path.write_text('{"weights": [2]}', encoding="utf-8")
+    assert "assets/ranker.json is not what was published" in refusal(lambda: handoff.verify(with_asset))
+    assert "assets/ranker.json" in refusal(lambda: handoff.asset(with_asset, "ranker.json"))
+    path.unlink()
+    assert "assets/ranker.json is missing" in refusal(lambda: handoff.verify(with_asset))
+    assert "assets/ranker.json" in refusal(lambda: handoff.asset(with_asset, "ranker.json"))
+
+
+def test_a_manifest_without_assets_is_still_read(version: Path) -> None:
+    """Versions published before there were assets."""
+    rewrite(version, lambda raw: raw.pop("assets"))
+    assert handoff.verify(version).assets == {}
+    assert handoff.asset(version, "ranker.json") is None
+
+
 # --- what is damaged is refused --------------------------------------------------------------------------------------
 
 NAMES = [f"{variant}/{file}" for variant in ("bf16", "nf4") for file in FILES]

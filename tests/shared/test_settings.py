@@ -79,7 +79,7 @@ def test_an_unknown_preset_is_named_with_the_presets_there_are(monkeypatch: pyte
         ("seed:", "sede: 8\nseed:", "sede: Extra inputs are not permitted"),
         ("rank: ", "rank: -", "finetune.rank: Input should be greater than 0"),
         ("max_sources: ", "max_sources: 100", "curate.max_sources: Input should be less than or equal to 60"),
-        ("[nf4, int8]", "[nf4, fp4]", "quantize.variants.1: Input should be 'nf4' or 'int8'"),
+        ("[nf4, int8, q8_0, q4_0]", "[nf4, fp4]", "quantize.variants.1: Input should be 'nf4', 'int8', 'q8_0' or 'q4_0'"),
         ("quantize:", "quantise:", "quantize: Field required"),
     ],
 )

@@ -1,0 +1,116 @@
+"""Answers given before, for the same question or one that means the same.
+
+Why an AI engineer is careful with this: a cached answer is the fastest and the only one that can be wrong for a reason no model
+knows. So an answer is only reused under the same index, models and prompt contract; never for emergencies, refused requests,
+questions back, or where something personal was used; and a similar question only counts as the same when its numbers,
+negations and rare words are the same, because "for a child of 2" and "for a child of 12" mean nearly the same to an embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ai_engineer_track.heads import Array
+from ai_engineer_track.turn import Turn
+from shared.files import sha256_text
+
+log = logging.getLogger(__name__)
+KEPT = 2000
+CACHEABLE = ("answer", "not_answered")
+TURNS_MEANING = re.compile(
+    r"\d+|\b(no|not|never|without|can't|cannot|don't|isn't|avoid|stop|before|after|child|children|baby|babies|kid|kids|toddler|pregnant"
+    r"|pregnancy|breastfeeding|adult|old|elderly|safe|dose|more|less|too)\b"
+)
+
+
+class AnswerCache:
+    """One SQLite file. `version` names everything an answer depends on; other versions are never read, and removed at start."""
+
+    def __init__(self, path: Path, version: str, threshold: float) -> None:
+        self.version, self.threshold = version, threshold
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = self._open(path)
+        except sqlite3.DatabaseError:  # a damaged cache is worth nothing: begin anew
+            path.unlink(missing_ok=True)
+            self._db = self._open(path)
+        rows = self._db.execute("SELECT key, question, vector FROM answers ORDER BY used").fetchall()
+        self._questions = {key: question for key, question, _ in rows}
+        self._vectors = {key: np.frombuffer(vector, np.float32) for key, _, vector in rows}
+
+    def _open(self, path: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(path, check_same_thread=False)
+        columns = "key TEXT PRIMARY KEY, version TEXT, question TEXT, vector BLOB, turn TEXT, used REAL"
+        db.execute(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
+        db.execute("DELETE FROM answers WHERE version <> ?", (self.version,))
+        db.commit()
+        return db
+
+    def get(self, question: str, vector: Array) -> Turn | None:
+        """The answer to this question or to one that means the same; None when there is none."""
+        with self._lock:
+            key = self._key(question)
+            if key not in self._questions:
+                key = self._similar(question, vector)
+            row = self._db.execute("SELECT turn FROM answers WHERE key = ?", (key,)).fetchone() if key else None
+            if row is None:
+                return None
+            try:
+                self._db.execute("UPDATE answers SET used = ? WHERE key = ?", (time.time(), key))
+                self._db.commit()
+            except sqlite3.Error:
+                self._db.rollback()
+            return Turn.model_validate_json(row[0])
+
+    def put(self, question: str, vector: Array, turn: Turn, personal: bool) -> None:
+        """Keep an answer, unless it is of a kind that is never reused. A full disk costs the cache entry, not the answer."""
+        if personal or turn.kind not in CACHEABLE or turn.cached:
+            return
+        key, stored = self._key(question), vector.astype(np.float32)
+        kept = turn.model_copy(update={"trace": [], "cost": 0.0})
+        with self._lock:
+            try:
+                row = (key, self.version, question, stored.tobytes(), kept.model_dump_json(), time.time())
+                self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
+                self._questions[key], self._vectors[key] = question, stored
+                while len(self._questions) > KEPT:
+                    oldest = self._db.execute("SELECT key FROM answers ORDER BY used LIMIT 1").fetchone()[0]
+                    self._db.execute("DELETE FROM answers WHERE key = ?", (oldest,))
+                    self._questions.pop(oldest), self._vectors.pop(oldest)
+                self._db.commit()
+            except sqlite3.Error as error:
+                self._db.rollback()
+                log.warning("the answer could not be cached: %s", error)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def _similar(self, question: str, vector: Array) -> str | None:
+        if not self._vectors:
+            return None
+        keys = list(self._vectors)
+        cosines = np.stack([self._vectors[key] for key in keys]) @ vector
+        for i in np.argsort(-cosines)[:3]:
+            if cosines[i] >= self.threshold and meaning(question) == meaning(self._questions[keys[i]]):
+                return keys[i]
+        return None
+
+    def _key(self, question: str) -> str:
+        words = " ".join(re.findall(r"\w+", question.lower()))
+        return sha256_text(f"{self.version}\0{words}")
+
+
+def meaning(question: str) -> set[str]:
+    """The numbers and small words that turn the meaning of a question while its embedding hardly moves."""
+    return set(TURNS_MEANING.findall(question.lower().replace("’", "'"))) | set(re.findall(r"\d+", question))

@@ -1,0 +1,75 @@
+"""What a message has to be before anyone looks at it: text, not too long, in a language the library is in.
+
+Why an AI engineer writes this down: whatever can be typed or pasted will be. Each kind of unusable message has one friendly
+answer, and everything else becomes one plain line of text: markup is stripped, and nothing in it is an instruction.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+
+from pydantic import BaseModel, ConfigDict
+
+HELP = "If this may be an emergency, call the emergency number now."
+EMPTY = "Please write what you would like to know, for example: What helps against a migraine?"
+TOO_LONG = "That is too long for me to read well. Please tell me in a few sentences what you would like to know."
+UNREADABLE = "I could not read that as text. Please write your question in words."
+LANGUAGE = f"I can only read English, because the library is in English. {HELP}"
+#: common words of English, enough to recognise a message by; learners' English has them too
+ENGLISH = set(
+    (
+        "a about after all am an and any are as at back bad be been before but by call can could day did do does doctor dont "
+        "down eat every feel for from get go good got had has have he head help her him his how hurt i if im in is it its "
+        "just keep know last leg like long make many me more much my need new night no not now of off old on one or out over "
+        "pain please should she sick since skin so some still stop take than that the their them then there they this time "
+        "to today too tablet two up very want was we week well what when where which who why will with work year yes you "
+        "your hurts pills safe normal child baby mum dad son daughter wife husband "
+    ).split()
+)
+
+
+class Intake(BaseModel):
+    """`text` is what the others read. `problem` is what to reply when the message cannot be used, with `reason` for the log."""
+
+    model_config = ConfigDict(frozen=True)
+    text: str
+    problem: str = ""
+    reason: str = ""
+
+
+def take(message: str, max_chars: int) -> Intake:
+    """The message as one line of plain text, or why it cannot be used."""
+    if len(message) > max_chars:
+        return Intake(text=message[:max_chars], problem=TOO_LONG, reason="too long")
+    if message and unreadable_share(message) > 0.1:
+        return Intake(text="", problem=UNREADABLE, reason="not text")
+    text = plain(message)
+    if not re.search(r"\w", text):
+        return Intake(text="", problem=EMPTY, reason="empty")
+    if not is_english(text):
+        return Intake(text=text, problem=LANGUAGE, reason="another language")
+    return Intake(text=text)
+
+
+def plain(message: str) -> str:
+    """One line without markup, control or invisible characters."""
+    text = re.sub(r"<(script|style)\b.*?</\1\s*>", " ", message, flags=re.IGNORECASE | re.DOTALL)
+    text = html.unescape(re.sub(r"</?[a-zA-Z][^<>]*>|<!--.*?-->", " ", text))
+    text = unicodedata.normalize("NFC", text)
+    return " ".join("".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text).split())
+
+
+def unreadable_share(message: str) -> float:
+    odd = sum(c == "\ufffd" or (unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and c not in "\n\r\t") for c in message)
+    return odd / len(message)
+
+
+def is_english(text: str) -> bool:
+    """False only when it is clear: mostly other letters, or five words and more with hardly a common English one."""
+    letters = [c for c in text if c.isalpha()]
+    if letters and sum(c.isascii() for c in letters) / len(letters) < 0.7:
+        return False
+    words = re.findall(r"[a-z]+", text.lower().replace("'", "").replace("’", ""))
+    return len(words) < 5 or sum(word in ENGLISH for word in words) / len(words) > 0.1

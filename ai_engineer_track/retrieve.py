@@ -1,0 +1,262 @@
+"""Finds the passages that answer a message: by meaning, by words, by both, and reranked.
+
+Why an AI engineer measures this before anything else: an answer can only be as good as what was found for it. Meaning finds
+what is said in other words and misses names and numbers; words find exactly those and miss everything else; fused by
+reciprocal rank (Cormack et al. 2009) they cover for each other; and the ranker of the ML track weighs the evidence of each
+candidate. One function serves the evaluation, the agent and the API, so that what is measured is what people get.
+
+    python -m ai_engineer_track search "my ankle is swollen, can I walk on it"
+
+Without a ranker in the published model, everything works on `fused`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from ai_engineer_track.documents import split_sentences
+from ai_engineer_track.ingest import Index
+from ai_engineer_track.settings import AiSettings
+from shared import handoff
+from shared.chat import Source
+from shared.errors import UserError
+from shared.library import Question
+from shared.metrics import Estimate, estimate_mean
+from shared.passages import Passage, embedder
+from shared.ranking import ASSET, Corpus, Ranker, read_ranker
+
+Mode = Literal["dense", "bm25", "fused", "reranked"]
+MODES: tuple[Mode, ...] = ("dense", "bm25", "fused", "reranked")
+
+#: The embedding model reads about 190 words and silently ignores the rest. Messages up to here are searched as they are:
+#: on training and validation questions of 40 to 140 words every way of shortening them found less than the whole did.
+LONG_WORDS = 150
+#: what a longer message is cut down to
+CORE_WORDS = 120
+#: sentences of an enormous message that are looked at, from its beginning and from its end
+MAX_SENTENCES = 100
+PLEASANTRY = re.compile(
+    r"(hi|hello|hey|hiya|dear|good (morning|afternoon|evening)|thanks|thank you|many thanks|cheers|sorry|kind regards|"
+    r"best wishes|please help|any help)\b",
+    re.IGNORECASE,
+)
+
+
+class Hit(BaseModel):
+    """A passage that was found. Ranks count from 1 and are None where that ranking did not find it among its candidates."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    passage: Passage
+    score: float
+    dense_rank: int | None = None
+    bm25_rank: int | None = None
+    dense_score: float | None = None
+
+
+class Retriever:
+    """Search over one index. Safe to use from several threads."""
+
+    def __init__(self, index: Index, settings: AiSettings) -> None:
+        self.index, self.settings = index, settings.retrieve
+        self.corpus = Corpus(list(index.passages.values()), index.vectors)
+        self.ranker = published_ranker(settings)
+        self._place = {passage.id: n for n, passage in enumerate(self.corpus.passages)}
+
+    @property
+    def default_mode(self) -> Mode:
+        """The one that measured best."""
+        return "reranked" if self.ranker else "fused"
+
+    def search(
+        self, query: str, k: int | None = None, mode: Mode | None = None, where: dict[str, Any] | None = None
+    ) -> list[Hit]:
+        """The `k` passages that fit best, best first; fewer when there are no more.
+
+        `where` is a filter as in `Index.dense`. UserError for a filter that is not understood, and for `reranked` without
+        a ranker.
+        """
+        mode = mode or self.default_mode
+        if mode == "reranked" and not self.ranker:
+            raise UserError("the published model carries no ranker", "", "Run `make ml`, or search with mode fused")
+        k = self.settings.k if k is None else k
+        query = self.condense(query)
+        if k < 1 or not query:
+            return []
+        depth = max(k, self.settings.candidates)
+        vector = self.index.embed_query(query)
+        near = dict(self.index.dense(vector, depth, where))
+        allowed = None if where is None else self.index.matching(where)
+        worded = self._worded(query, depth, allowed)
+        dense_rank = {key: n for n, key in enumerate(near, start=1)}
+        bm25_rank = {key: n for n, key in enumerate(worded, start=1)}
+        if mode == "dense":
+            scores = near
+        elif mode == "bm25":
+            scores = worded
+        else:
+            scores = self._fused(dense_rank, bm25_rank)
+            if mode == "reranked" and self.ranker:
+                scores = dict(zip(scores, self._ranked(self.ranker, query, vector, list(scores)), strict=True))
+        best = sorted(scores, key=lambda key: -scores[key])[:k]
+        return [
+            Hit(
+                passage=self.index.passages[key], score=scores[key], dense_rank=dense_rank.get(key),
+                bm25_rank=bm25_rank.get(key), dense_score=near.get(key),
+            )
+            for key in best
+        ]  # fmt: skip
+
+    def best_sentences(self, query: str, hits: Sequence[Hit], n: int) -> list[Source]:
+        """The `n` sentences of `hits` most likely to hold the answer, for the prompt of a model that reads few.
+
+        They come grouped by document, the best document first, and in reading order within it, as a person would lay them
+        out. Without a ranker the sentences nearest in meaning are taken.
+        """
+        query = self.condense(query)
+        if not hits or not query:
+            return []
+        vector = self.index.embed_query(query)
+        found = list(dict.fromkeys(self._place[hit.passage.id] for hit in hits))
+        scores = [0.0] * len(found)
+        if self.ranker:
+            scores = self._ranked(self.ranker, query, vector, [self.corpus.passages[p].id for p in found])
+        features = self.corpus.sentence_features(query, vector, found, scores)
+        rated = [
+            (float(score), place, number)
+            for place, rows in zip(found, features, strict=True)
+            for number, score in enumerate(self.ranker.sentence_scores(rows) if self.ranker else rows[:, 1])
+        ]
+        chosen = sorted(rated, key=lambda one: -one[0])[:n]
+        document = {p: self.corpus.passages[p].document for p in found}
+        order = {name: i for i, name in enumerate(dict.fromkeys(document.values()))}
+        chosen.sort(key=lambda one: (order[document[one[1]]], one[1], one[2]))
+        return [self.corpus.passages[place].sentences[number] for _, place, number in chosen]
+
+    def condense(self, message: str) -> str:
+        """The searchable core of a message: as it is when short, else the sentences nearest to anything in the library.
+
+        A question is kept before a statement of the same nearness, because a long story often ends in the one that counts.
+        """
+        sentences = split_sentences(message)
+        kept = [s for s in sentences if not (len(s.split()) <= 6 and PLEASANTRY.match(s))] or sentences
+        if sum(len(s.split()) for s in kept) <= LONG_WORDS:
+            return " ".join(kept)
+        if len(kept) > 2 * MAX_SENTENCES:
+            kept = kept[:MAX_SENTENCES] + kept[-MAX_SENTENCES:]
+        nearness = (self.index.embed(kept) @ self.index.vectors.T).max(axis=1)
+        order = sorted(range(len(kept)), key=lambda i: -(nearness[i] + 0.1 * kept[i].endswith("?")))
+        core: list[int] = []
+        for i in order:
+            if not core or sum(len(kept[j].split()) for j in [*core, i]) <= CORE_WORDS:
+                core.append(i)
+        return " ".join(kept[i] for i in sorted(core))
+
+    def _worded(self, query: str, n: int, allowed: set[str] | None) -> dict[str, float]:
+        """The `n` passages that share most words, best first, with their BM25 scores."""
+        scores = self.corpus.words.scores(query)
+        found: dict[str, float] = {}
+        for place in np.argsort(-scores, kind="stable"):
+            if scores[place] <= 0 or len(found) == n:
+                break
+            key = self.corpus.passages[place].id
+            if allowed is None or key in allowed:
+                found[key] = float(scores[place])
+        return found
+
+    def _fused(self, *rankings: dict[str, int]) -> dict[str, float]:
+        """Reciprocal rank fusion: the sum of 1 / (rrf_k + rank)."""
+        fused: dict[str, float] = {}
+        for ranking in rankings:
+            for key, rank in ranking.items():
+                fused[key] = fused.get(key, 0.0) + 1.0 / (self.settings.rrf_k + rank)
+        return fused
+
+    def _ranked(self, ranker: Ranker, query: str, vector: np.ndarray, keys: Sequence[str]) -> list[float]:
+        places = [self._place[key] for key in keys]
+        features = self.corpus.passage_features(query, vector, places, ranker.intent(vector))
+        return [float(score) for score in ranker.passage_scores(features)]
+
+
+def published_ranker(settings: AiSettings) -> Ranker | None:
+    """The ranker of the current model; None when nothing is published, or nothing with a ranker.
+
+    UserError when it is damaged or was trained on another embedding model's vectors.
+    """
+    models = settings.artifacts / "models"
+    if not (models / "current").exists():
+        return None
+    path = handoff.asset(handoff.current(models), ASSET)
+    if path is None:
+        return None
+    ranker = read_ranker(path)
+    if ranker.embedder != embedder().id:
+        raise UserError(f"the ranker was trained with another embedding model ({ranker.embedder})", str(path), "Run `make ml`")
+    return ranker
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+DEPTH = 50
+CUTS = (1, 3, 5, 10)
+
+
+def measure(
+    retriever: Retriever, questions: Sequence[Question], resamples: int = 1000, seed: int = 7
+) -> dict[str, dict[str, Estimate]]:
+    """Every mode on the answerable ones of `questions`: mode -> figure -> estimate.
+
+    Figures are `leaflet/…` (the distinct documents in the order they appear) and `passage/…`: recall@k counts a question
+    when a right one is among the first k; mrr is the mean of 1 / rank of the first right one (0 beyond the first 50
+    passages); ndcg@10 has gain 1 for every right one (Järvelin & Kekäläinen 2002).
+    """
+    asked = [q for q in questions if q.answerable]
+    results: dict[str, dict[str, Estimate]] = {}
+    for mode in MODES:
+        if mode == "reranked" and not retriever.ranker:
+            continue
+        rows: dict[str, list[float]] = {}
+        for question in asked:
+            found = [hit.passage for hit in retriever.search(question.question, DEPTH, mode)]
+            documents = list(dict.fromkeys(p.document for p in found))
+            right = {sid.rsplit("/", 1)[0] for sid in question.answer_sentences}
+            for level, order, gold in (
+                ("leaflet", documents, set(question.leaflets)),
+                ("passage", [p.id for p in found], right),
+            ):
+                for name, value in _figures(order, gold).items():
+                    rows.setdefault(f"{level}/{name}", []).append(value)
+        results[mode] = {name: estimate_mean(values, resamples, seed) for name, values in rows.items()}
+    return results
+
+
+def measure_sentences(
+    retriever: Retriever,
+    questions: Sequence[Question],
+    counts: Sequence[int] = (8, 12),
+    k: int | None = None,
+    resamples: int = 1000,
+    seed: int = 7,
+) -> dict[str, Estimate]:
+    """coverage@n: the share of a question's answer sentences among `best_sentences(…, n)` of its first `k` passages."""
+    rows: dict[str, list[float]] = {}
+    for question in (q for q in questions if q.answerable):
+        hits = retriever.search(question.question, k)
+        gold = set(question.answer_sentences)
+        for n in counts:
+            shown = {s.id for s in retriever.best_sentences(question.question, hits, n)}
+            rows.setdefault(f"coverage@{n}", []).append(len(gold & shown) / len(gold))
+    return {name: estimate_mean(values, resamples, seed) for name, values in rows.items()}
+
+
+def _figures(order: Sequence[str], gold: set[str]) -> dict[str, float]:
+    right = [key in gold for key in order]
+    first = right.index(True) + 1 if any(right) else 0
+    gain = sum(1 / np.log2(n + 1) for n, good in enumerate(right[:10], start=1) if good)
+    ideal = sum(1 / np.log2(n + 1) for n in range(1, min(10, len(gold)) + 1))
+    recall = {f"recall@{k}": float(any(right[:k])) for k in CUTS}
+    return {**recall, "mrr": 1 / first if first else 0.0, "ndcg@10": float(gain / ideal)}
