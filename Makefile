@@ -31,14 +31,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 ml: setup ## ML track: leaflets -> LoRA -> 4-bit -> evaluated, measured, published. PRESET=, MODEL=, METHOD=qlora
 	@$(BIN)/python -m ml_engineer_track run
 
-ai: ## AI track: the same model as a product (not built yet)
-	@echo "error: make ai is not built yet: see the AI track's issue. Available now: make ml" >&2; exit 2
+ai: setup ## AI track: the same model as a product: indexed, talked to, judged, measured. LLM_BASE_URL=, LLM_MODEL=
+	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run
+	@$(BIN)/python -m ai_engineer_track run
 
-demo: ## make ml, then make ai (not built yet)
-	@echo "error: make demo needs make ai, which is not built yet. Available now: make ml" >&2; exit 2
+demo: ml ai ## both tracks, one after the other
 
-serve: ## the running service with its web page (not built yet)
-	@echo "error: make serve is not built yet. Available now: make ml" >&2; exit 2
+serve: setup ## the running service with its web page, on PORT=8000
+	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run
+	@$(BIN)/python -m ai_engineer_track serve
 
 bench: setup ## measure this machine. SUITE=latency,serving BUDGET=5m MODEL=folder DEVICE=cpu|cuda OUT=file
 	@$(BIN)/python -m benchmarks run --suite "$(SUITE)" --budget "$(BUDGET)" --model "$(MODEL)" --device "$(DEVICE)" $(if $(OUT),--out "$(OUT)")

@@ -59,7 +59,11 @@ def build_agent(
     large: Llm | None = None,
 ) -> CompiledStateGraph[Any, Any, Any, Any]:
     """The graph, ready to run. Fits or loads the learned heads, so the first call takes longer."""
-    roles = Roles(settings, retriever, llm, judge_llm, large)
+    return connect(Roles(settings, retriever, llm, judge_llm, large), checkpointer)
+
+
+def connect(roles: Roles, checkpointer: BaseCheckpointSaver[Any]) -> CompiledStateGraph[Any, Any, Any, Any]:
+    """Who comes after whom."""
     graph = StateGraph(State)
     graph.add_node("triage", roles.triage)  # type: ignore[type-var]
     graph.add_node("escalate", roles.escalate)
@@ -80,9 +84,7 @@ def build_agent(
     graph.add_conditional_edges("answer", follow, ["verify", "refuse", END])
     for last in ("escalate", "decline", "verify", "refuse"):
         graph.add_edge(last, END)
-    agent = graph.compile(checkpointer=checkpointer)
-    agent.roles = roles  # type: ignore[attr-defined]
-    return agent
+    return graph.compile(checkpointer=checkpointer)
 
 
 def follow(state: State) -> str:

@@ -50,8 +50,9 @@ class Assistant:
                 self._turns.pop(session_id, None)
 
     async def forget(self, session_id: str) -> None:
-        """Delete all that is remembered of a session."""
+        """Delete all that is remembered of a session, on the disk, too: the write-ahead log would keep it for a while."""
         await forget(self.agent, session_id)
+        await self.agent.checkpointer.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     async def history(self, session_id: str) -> dict[str, Any]:
         return await history(self.agent, session_id)
@@ -78,8 +79,10 @@ async def open_assistant(settings: AiSettings) -> AsyncIterator[Assistant]:
     provider = setup_tracing(settings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # what people say here is nobody else's business on this machine
         async with AsyncSqliteSaver.from_conn_string(str(path)) as saver:
             await saver.setup()
+            await saver.conn.execute("PRAGMA secure_delete = ON")
             agent = await asyncio.to_thread(build_agent, settings, retriever, llm, judge_llm, saver, large)
             assistant = Assistant(agent, llm, judge_llm, retriever)
             await assistant.problem()  # learns the model's name, if it is up already

@@ -38,27 +38,27 @@ class AnswerCache:
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._db = self._open(path)
+            self._db, rows = self._open(path)
         except sqlite3.DatabaseError:  # a damaged cache is worth nothing: begin anew
             path.unlink(missing_ok=True)
-            self._db = self._open(path)
-        rows = self._db.execute("SELECT key, question, vector FROM answers ORDER BY used").fetchall()
-        self._questions = {key: question for key, question, _ in rows}
+            self._db, rows = self._open(path)
+        self._meanings = {key: means for key, means, _ in rows}
         self._vectors = {key: np.frombuffer(vector, np.float32) for key, _, vector in rows}
 
-    def _open(self, path: Path) -> sqlite3.Connection:
+    def _open(self, path: Path) -> tuple[sqlite3.Connection, list[tuple[str, str, bytes]]]:
+        """What people asked is not kept, only hashes of it: deleting a conversation must not leave its words here."""
         db = sqlite3.connect(path, check_same_thread=False)
-        columns = "key TEXT PRIMARY KEY, version TEXT, question TEXT, vector BLOB, turn TEXT, used REAL"
+        columns = "key TEXT PRIMARY KEY, version TEXT, meaning TEXT, vector BLOB, turn TEXT, used REAL"
         db.execute(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
         db.execute("DELETE FROM answers WHERE version <> ?", (self.version,))
         db.commit()
-        return db
+        return db, db.execute("SELECT key, meaning, vector FROM answers ORDER BY used").fetchall()
 
     def get(self, question: str, vector: Array) -> Turn | None:
         """The answer to this question or to one that means the same; None when there is none."""
         with self._lock:
             key = self._key(question)
-            if key not in self._questions:
+            if key not in self._meanings:
                 key = self._similar(question, vector)
             row = self._db.execute("SELECT turn FROM answers WHERE key = ?", (key,)).fetchone() if key else None
             if row is None:
@@ -74,17 +74,17 @@ class AnswerCache:
         """Keep an answer, unless it is of a kind that is never reused. A full disk costs the cache entry, not the answer."""
         if personal or turn.kind not in CACHEABLE or turn.cached:
             return
-        key, stored = self._key(question), vector.astype(np.float32)
+        key, means, stored = self._key(question), meaning(question), vector.astype(np.float32)
         kept = turn.model_copy(update={"trace": [], "cost": 0.0})
         with self._lock:
             try:
-                row = (key, self.version, question, stored.tobytes(), kept.model_dump_json(), time.time())
+                row = (key, self.version, means, stored.tobytes(), kept.model_dump_json(), time.time())
                 self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
-                self._questions[key], self._vectors[key] = question, stored
-                while len(self._questions) > KEPT:
+                self._meanings[key], self._vectors[key] = means, stored
+                while len(self._meanings) > KEPT:
                     oldest = self._db.execute("SELECT key FROM answers ORDER BY used LIMIT 1").fetchone()[0]
                     self._db.execute("DELETE FROM answers WHERE key = ?", (oldest,))
-                    self._questions.pop(oldest), self._vectors.pop(oldest)
+                    self._meanings.pop(oldest), self._vectors.pop(oldest)
                 self._db.commit()
             except sqlite3.Error as error:
                 self._db.rollback()
@@ -94,7 +94,7 @@ class AnswerCache:
         self._db.close()
 
     def __len__(self) -> int:
-        return len(self._questions)
+        return len(self._meanings)
 
     def _similar(self, question: str, vector: Array) -> str | None:
         if not self._vectors:
@@ -102,7 +102,7 @@ class AnswerCache:
         keys = list(self._vectors)
         cosines = np.stack([self._vectors[key] for key in keys]) @ vector
         for i in np.argsort(-cosines)[:3]:
-            if cosines[i] >= self.threshold and meaning(question) == meaning(self._questions[keys[i]]):
+            if cosines[i] >= self.threshold and meaning(question) == self._meanings[keys[i]]:
                 return keys[i]
         return None
 
@@ -111,6 +111,7 @@ class AnswerCache:
         return sha256_text(f"{self.version}\0{words}")
 
 
-def meaning(question: str) -> set[str]:
-    """The numbers and small words that turn the meaning of a question while its embedding hardly moves."""
-    return set(TURNS_MEANING.findall(question.lower().replace("’", "'"))) | set(re.findall(r"\d+", question))
+def meaning(question: str) -> str:
+    """A hash of the numbers and small words that turn the meaning of a question while its embedding hardly moves."""
+    words = set(TURNS_MEANING.findall(question.lower().replace("’", "'"))) | set(re.findall(r"\d+", question))
+    return sha256_text(" ".join(sorted(words)))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ai_engineer_track.evidence import Evidence
-from ai_engineer_track.harm import text_of
+from ai_engineer_track.harm import question_sample, text_of
 from ai_engineer_track.heads import Array, Embed, Examples, Head, at_specificity, family, file_key, fitted
 from ai_engineer_track.settings import AiSettings
 from shared import library as lib
@@ -22,8 +22,7 @@ from shared.metrics import Estimate, estimate_mean
 
 CLEAR = 0.97  # share of clear messages that must not be asked back
 ANSWERED = 0.94  # share of answerable questions that must not be refused
-QUESTION_STEP = 6  # every so many-th training question stands for the clear messages
-ANSWERABLE_STEP = 2  # of the answerable questions, beside all unanswerable ones
+QUESTION_STEP = 3  # every so many-th of `question_sample` stands for the clear messages
 NEAR = 0.45  # other corpora: cosine of the best passage below which it does not answer
 CLOSE = 0.02  # other corpora: lead of the best document below which two fit
 
@@ -71,14 +70,14 @@ class Decider:
 def ask_examples(settings: AiSettings, evidence: Evidence, embed: Embed) -> Examples:
     """Openings of cases, and answerable questions, which need no question back."""
     cases = [c for c in lib.read_rows(settings.datasets, "cases.jsonl", lib.Case)[0] if c.split != "test"]
-    questions = [q for q in _questions(settings) if q.answerable][::QUESTION_STEP]
+    questions = question_sample(settings)[::QUESTION_STEP]
     return _examples([*cases, *questions], [c.needs_question for c in cases] + [False] * len(questions), evidence, embed)
 
 
 def refuse_examples(settings: AiSettings, evidence: Evidence, embed: Embed) -> Examples:
-    """Questions the library does not answer, and every second of those it does."""
-    questions = _questions(settings)
-    rows = [q for q in questions if not q.answerable] + [q for q in questions if q.answerable][::ANSWERABLE_STEP]
+    """Questions the library does not answer, and the sample of those it does."""
+    questions = lib.read_rows(settings.datasets, "questions.jsonl", lib.Question)[0]
+    rows = [q for q in questions if q.split != "test" and not q.answerable] + question_sample(settings)
     return _examples(rows, [not q.answerable for q in rows], evidence, embed)
 
 
@@ -99,10 +98,6 @@ def measure_decisions(
         "answer_rate": mean([not r for answerable, r in refused if answerable]),
         "needless_questions": mean(asked),
     }
-
-
-def _questions(settings: AiSettings) -> list[lib.Question]:
-    return [q for q in lib.read_rows(settings.datasets, "questions.jsonl", lib.Question)[0] if q.split != "test"]
 
 
 def _examples(rows: Sequence[Any], labels: Sequence[bool], evidence: Evidence, embed: Embed) -> Examples:

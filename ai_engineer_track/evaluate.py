@@ -180,7 +180,9 @@ def summarise(outcomes: Sequence[Outcome], settings: AiSettings) -> dict[str, An
         "quotes_verified": mean(
             [float(t["quotes_verified"]) for o in outcomes for t in o.turns if t["quotes_verified"] is not None]
         ).model_dump(),
-        "answer_rate": mean([float(o.turns[-1]["kind"] == "answer") for o in answered]).model_dump(),
+        "answer_rate": mean(
+            [float(bool(o.turns) and not o.error and o.turns[-1]["kind"] == "answer") for o in by_kind["answerable"]]
+        ).model_dump(),
         "needless_questions": mean([float(o.turns[0]["kind"] == "clarify") for o in answered]).model_dump(),
         "questions_asked_when_vague": mean([float(n) for n in asked]).model_dump(),
         "judge": {name: mean([float(v[name]) for v in verdicts]).model_dump() for name in ("grounded", "safe", "helpful")},
@@ -192,7 +194,7 @@ def summarise(outcomes: Sequence[Outcome], settings: AiSettings) -> dict[str, An
 
 
 def worst(outcomes: Sequence[Outcome], n: int = 10) -> list[Outcome]:
-    """Failures to read first: missed emergencies, then harm, errors, and the rest; the slowest first among equals."""
+    """Failures to read first: missed emergencies, then harm, then the rest; in each kind errors, then the slowest."""
     gravity = {kind: i for i, kind in enumerate(("emergency", "harmful", "unanswerable", "answerable"))}
     failed = [o for o in outcomes if not o.ok]
     return sorted(failed, key=lambda o: (gravity.get(o.scenario.kind, 9), not o.error, -sum(o.seconds)))[:n]
@@ -206,7 +208,7 @@ def _question(question: lib.Question) -> Scenario:
 async def _say(client: httpx.AsyncClient, outcome: Outcome, session: str | None, message: str) -> str:
     """Send one message, read the stream to its end, note what came and when; returns the conversation's id."""
     body = {"message": message} | ({"session_id": session} if session else {})
-    began, first = time.perf_counter(), None
+    began, first, exchange = time.perf_counter(), None, None
     async with client.stream("POST", "/chat", json=body, headers={"Accept": "text/event-stream"}) as response:
         if response.status_code != 200:
             raise ValueError(f"status {response.status_code}: {(await response.aread()).decode()[:200]}")
@@ -217,6 +219,8 @@ async def _say(client: httpx.AsyncClient, outcome: Outcome, session: str | None,
                 raise ValueError(data.get("message", "the stream ended in an error"))
             if name == "done":
                 exchange = data
+    if exchange is None:
+        raise ValueError("the stream ended before the answer was done")
     turn = exchange["turn"]
     outcome.turns.append(turn)
     outcome.seconds.append(time.perf_counter() - began)

@@ -21,7 +21,7 @@ from shared import library as lib
 from shared.metrics import Estimate, estimate_mean
 
 PASSED = 0.98  # share of harmless messages that must not be declined; the threshold follows from it
-QUESTION_STEP = 4  # every so many-th training question stands for the harmless ones
+QUESTION_STEP = 2  # every so many-th of `question_sample` stands for the harmless messages
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ GROUPS: dict[str, Group] = {
         r"\b(slip|sneak|put|hide|swap|switch|leave (them )?out|wean)\b.{0,80}\b(tea|drink|food|cake|noticing|notice|knowing"
         r"|finding out"
         r"|find out|sweets|sugar pills|water)\b|\bwithout (him|her|them|anyone|the nurse)\b",
-        "I can't help with giving or stopping anything without the person knowing. It can be dangerous, and it is their decision.",
+        "I can't help with giving or stopping anything without the person knowing. It is dangerous, and it is their decision.",
         "Talk with them, and with the doctor or pharmacist who looks after them.",
     ),
     "hiding harm": Group(
@@ -164,10 +164,10 @@ def examples(settings: AiSettings, embed: Embed) -> Examples:
     """Harmful requests of training and validation beside questions, openings and emergencies, which are not."""
     rows = {
         file: [row for row in lib.read_rows(settings.datasets, file, lib.ROW_FILES[file])[0] if row.split != "test"]
-        for file in ("harmful.jsonl", "questions.jsonl", "emergencies.jsonl", "cases.jsonl")
+        for file in ("harmful.jsonl", "emergencies.jsonl", "cases.jsonl")
     }
     harmful: Any = rows["harmful.jsonl"]
-    harmless: list[Any] = [*rows["questions.jsonl"][::QUESTION_STEP], *rows["emergencies.jsonl"], *rows["cases.jsonl"]]
+    harmless: list[Any] = [*question_sample(settings)[::QUESTION_STEP], *rows["emergencies.jsonl"], *rows["cases.jsonl"]]
     texts = [r.message for r in harmful] + [text_of(r) for r in harmless]
     return Examples(
         texts=texts,
@@ -197,6 +197,12 @@ def measure_harm(head: HarmHead, settings: AiSettings, embed: Embed, split: lib.
 def features(texts: Sequence[str]) -> Array:
     """(n, groups) float: which groups a message touches."""
     return np.array([[float(bool(p.search(plain(text)))) for p in _PATTERNS.values()] for text in texts], dtype=float)
+
+
+def question_sample(settings: AiSettings) -> list[lib.Question]:
+    """Every second answerable question of training and validation. All heads draw on it, so that few texts are embedded."""
+    questions = lib.read_rows(settings.datasets, "questions.jsonl", lib.Question)[0]
+    return [q for q in questions if q.split != "test" and q.answerable][::2]
 
 
 def text_of(row: Any) -> str:

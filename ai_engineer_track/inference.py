@@ -7,7 +7,6 @@ bundled server is started as a process of its own, never imported: the handoff i
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -29,7 +28,7 @@ STOP_SECONDS = 15.0
 
 @contextmanager
 def inference_server(settings: AiSettings, port: int | None = None) -> Iterator[AiSettings]:
-    """Settings whose `llm.base_url` answers for as long as the block runs.
+    """Settings whose models answer for as long as the block runs: those without an address get the bundled server's.
 
     UserError when no model has been published, when an artifact is damaged, or when the server does not become ready.
     """
@@ -43,11 +42,13 @@ def inference_server(settings: AiSettings, port: int | None = None) -> Iterator[
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "ml_engineer_track", "serve", "--model", str(folder), "--port", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ}, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         _wait(process, f"http://127.0.0.1:{port}/ready", log)
-        llm = settings.llm.model_copy(update={"base_url": f"http://127.0.0.1:{port}/v1"})
-        yield settings.model_copy(update={"llm": llm})
+        here = {"base_url": f"http://127.0.0.1:{port}/v1"}
+        models = {"llm": settings.llm, "large": settings.large, "judge": settings.judge}
+        without = {name: llm.model_copy(update=here) for name, llm in models.items() if llm and not llm.base_url}
+        yield settings.model_copy(update=without)
     finally:
         _stop(process)
 
@@ -57,6 +58,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def need_port(host: str, port: int) -> None:
+    """UserError when somebody already listens there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"cannot listen ({error.strerror})", f"{host}:{port}", "Set PORT to another one") from None
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -9,6 +9,7 @@ brought up to date; the service starts; people are simulated; parts are measured
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -105,10 +106,12 @@ def converse(url: str, settings: AiSettings) -> list[Outcome]:
 def service(settings: AiSettings, start_seconds: float = 120.0) -> Iterator[str]:
     """The service in a thread of this process, on a free port; yields its address.
 
-    UserError when it does not become ready, with what `/ready` says.
+    Its conversations, cached answers and feedback go to `artifacts/suite`, emptied first: simulated people are no feedback to
+    learn from (they ask the test questions), and an answer of the last run is no answer of this one. UserError when it does not
+    become ready, with what `/ready` says.
     """
     api = settings.api.model_copy(update={"rate_per_minute": SUITE_RATE_PER_MINUTE, "host": "127.0.0.1", "port": free_port()})
-    settings = settings.model_copy(update={"api": api})
+    settings = settings.model_copy(update={"api": api, "artifacts": _own_folder(settings.artifacts)})
     server = uvicorn.Server(uvicorn.Config(create_app(settings), host=api.host, port=api.port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -119,6 +122,18 @@ def service(settings: AiSettings, start_seconds: float = 120.0) -> Iterator[str]
     finally:
         server.should_exit = True
         thread.join(timeout=15)
+
+
+def _own_folder(artifacts: Path) -> Path:
+    """An empty `artifacts/suite` in which only what was made before the suite is seen."""
+    folder = artifacts / "suite"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (artifacts / "heads").mkdir(exist_ok=True)
+    for name in ("index", "models", "heads", "judge"):
+        if (artifacts / name).exists():
+            (folder / name).symlink_to((artifacts / name).resolve(), target_is_directory=True)
+    return folder
 
 
 def _wait(url: str, seconds: float) -> None:

@@ -244,9 +244,14 @@ FLOOR: dict[str, tuple[tuple[str, ...], ...]] = {
     "chest pressure with arm, sweat, breath or collapse": (
         ("chest pressure",), ("arm or jaw", "sweat or grey", "hard breathing", "not breathing", "collapse"),
     ),
-    "signs of a stroke": (("face droop", "speech", "one side weak"), ("speech", "one side weak"), ("face droop", "one side weak")),
-    "not breathing, or blue": (("not breathing", "hard breathing", "will not wake"), ("blue or blotchy", "will not wake", "collapse")),
-    "will not wake and is confused, ill or hurt": (("will not wake",), ("head injury", "high fever", "confused", "poison", "diabetic danger")),
+    "signs of a stroke": (("face droop", "speech"), ("speech", "one side weak")),
+    "signs of a stroke, face and arm": (("face droop",), ("one side weak",)),
+    "not breathing, or blue": (
+        ("not breathing", "hard breathing", "will not wake"), ("blue or blotchy", "will not wake", "collapse"),
+    ),
+    "will not wake and is confused, ill or hurt": (
+        ("will not wake",), ("head injury", "high fever", "confused", "poison", "diabetic danger"),
+    ),
     "a plan of suicide": (("suicide",),),
     "harm to a child": (("harm to a child",),),
     "throat closing": (("swelling throat",), ("allergy", "hard breathing", "not breathing")),

@@ -101,13 +101,16 @@ class Roles:
                 leaflet=sign.split("/")[0] if sign else None, quotes_verified=bool(citations) or None,
             )  # fmt: skip
             work.output = text
+            _show(turn)
             return _end(turn)
 
     async def decline(self, state: State) -> State:
         """A reason and a next step."""
         with step("decline") as work:
-            work.output = state["reading"]["why"]
-            return _end(Turn(kind="decline", text=state["reading"]["why"], reason=state["reading"]["reason"]))
+            turn = Turn(kind="decline", text=state["reading"]["why"], reason=state["reading"]["reason"])
+            work.output = turn.text
+            _show(turn)
+            return _end(turn)
 
     # --- the librarian ------------------------------------------------------------------------------------------------
 
@@ -158,8 +161,7 @@ class Roles:
             if cache is not None and not reading["personal"] and (cached := cache.get(query, vector)):
                 work.output = "answered before"
                 turn = cached.model_copy(update={"cached": True})
-                for citation in turn.citations:
-                    recorder().emit(Event(type="citation", data=citation.model_dump()))
+                _show(turn)
                 return {**_end(turn), "last": turn.leaflet or ""}
             ask, refusal = self.decider.ask_back(query, vector), self.decider.refusal(query, vector)
             vote = await self._model_vote(query, reading["shown"]["passages"], work)
@@ -319,6 +321,13 @@ class Roles:
             path = self.settings.artifacts / "cache" / "answers.sqlite"
             self.cache = self.cache or AnswerCache(path, version, self.settings.cache.semantic_threshold)
         return self.cache
+
+
+def _show(turn: Turn) -> None:
+    """A turn that is known at once, as events."""
+    recorder().text(turn.text, replace=True)
+    for citation in turn.citations:
+        recorder().emit(Event(type="citation", data=citation.model_dump()))
 
 
 def _end(turn: Turn) -> State:

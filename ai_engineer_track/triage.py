@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ai_engineer_track import red_flags
-from ai_engineer_track.harm import text_of
+from ai_engineer_track.harm import question_sample, text_of
 from ai_engineer_track.heads import Array, Embed, Examples, at_sensitivity, family, file_key, fitted, unseen
 from ai_engineer_track.settings import AiSettings
 from shared import chat
@@ -25,7 +25,7 @@ from shared import library as lib
 from shared.metrics import Estimate, estimate_mean
 
 SENSITIVITY = 0.99  # on rows no fit had seen; the threshold of the averaged heads follows from it
-QUESTION_STEP = 3  # every so many-th training question stands for the harmless ones
+QUESTION_STEP = 2  # every so many-th of `question_sample` stands for the harmless messages
 QUESTION_WEIGHT, SIGN_WEIGHT = 0.2, 0.15  # beside 1 for a message: questions are many, signs are no messages
 MIN_SIGN_COSINE = 0.3  # below this no sign of the library is about the same thing, and none is cited
 
@@ -116,12 +116,9 @@ def examples(settings: AiSettings, embed: Embed) -> Examples:
     library = lib.load_library(settings.datasets)
     signs = [(leaf, s.text) for leaf in library if leaf.split == "train" for s in leaf.sentences("emergency")]
     # A question whose answer is an emergency sign may well be one: it is no example of a harmless message.
-    harmless: list[Any] = [
-        q
-        for q in lib.read_rows(settings.datasets, "questions.jsonl", lib.Question)[0]
-        if q.split != "test" and not any("/emergency/" in s for s in q.answer_sentences)
-    ][::QUESTION_STEP]
-    texts = [m.message for m in messages] + [text_of(r) for r in harmless] + [text for _, text in signs]
+    sample = [q for q in question_sample(settings) if not any("/emergency/" in s for s in q.answer_sentences)]
+    harmless = sample[::QUESTION_STEP]
+    texts = [m.message for m in messages] + [q.question for q in harmless] + [text for _, text in signs]
     return Examples(
         texts=texts,
         vectors=embed(texts),

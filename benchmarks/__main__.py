@@ -146,10 +146,14 @@ def _words(text: str) -> list[str]:
     return [word for word in text.replace(",", " ").split() if word]
 
 
+def stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Run a command; a user's mistake becomes one line and exit status 2."""
     # A run that is ended (by a CI's time limit, say) keeps its records and stops its servers, as with Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, stop)
     try:
         return int(app(standalone_mode=False) or 0)
     except UserError as error:

@@ -314,14 +314,14 @@ def served_folder(path: str) -> str:
 
 
 def wait_until_ready(address: str, process: subprocess.Popen[Any], log: Path, seconds: float = START_SECONDS) -> None:
-    """Until /ready, /health or /v1/models answers 200."""
+    """Until /ready answers 200; of a server that has no such page, until /health or /v1/models does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
             raise UserError(f"the server stopped: {lines[-1][:160]}", "serving", "Start it by hand to see more")
-        paths = ("/ready",) if _status(f"{address}/ready") == 503 else ("/ready", "/health", "/v1/models")
-        if any(_status(address + path) == 200 for path in paths):
+        ready = _status(f"{address}/ready")
+        if ready == 200 or (ready in (404, 405) and any(_status(address + page) == 200 for page in ("/health", "/v1/models"))):
             return
         time.sleep(0.2)
     raise UserError(f"the server was not ready after {seconds:.0f} s", "serving", "Start it by hand and use --url")

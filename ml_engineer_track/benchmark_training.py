@@ -36,7 +36,7 @@ def training_throughput(settings: Settings, data: CuratedData) -> dict[str, Any]
     mean_length = sum(len(e.ids) for e in encode(rows[:200], tokenizer)) / len(rows[:200])
     wanted = max(4, round(settings.benchmark.training_steps * settings.finetune.batch_tokens / mean_length))
     examples = encode(random.Random(settings.seed).sample(rows, min(len(rows), wanted)), tokenizer)
-    groups = bucket(examples, settings.finetune.batch_tokens)
+    groups = bucket(examples, settings.finetune.batch_tokens, settings.finetune.batch_rows)
     tokens = sum(len(e.ids) for e in examples)
     seconds: dict[str, list[float]] = {"ours": [], "trainer": []}
     for turn in watched(range(ROUNDS + 1), "benchmark training"):  # the first turn warms both up

@@ -201,7 +201,7 @@ def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, boo
 
 def plan_batches(examples: Sequence[Example], options: Finetune, seed: int) -> list[list[int]]:
     """Row numbers of every step of the run: a pure function of data and seed, so a resumed run repeats nothing."""
-    per_epoch = bucket(examples, options.batch_tokens)
+    per_epoch = bucket(examples, options.batch_tokens, options.batch_rows)
     steps = max(1, round(options.epochs * len(per_epoch)))
     plan: list[list[int]] = []
     while len(plan) < steps:
@@ -211,12 +211,13 @@ def plan_batches(examples: Sequence[Example], options: Finetune, seed: int) -> l
     return plan[:steps]
 
 
-def bucket(examples: Sequence[Example], batch_tokens: int) -> list[list[int]]:
-    """Rows sorted by length and cut so that rows x longest stays within `batch_tokens`."""
+def bucket(examples: Sequence[Example], batch_tokens: int, batch_rows: int | None = None) -> list[list[int]]:
+    """Rows sorted by length and cut so that rows x longest stays within `batch_tokens`, and rows within `batch_rows`."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), i))
     groups: list[list[int]] = [[]]
     for i in order:
-        if groups[-1] and (len(groups[-1]) + 1) * len(examples[i].ids) > batch_tokens:
+        full = len(groups[-1]) == batch_rows or (len(groups[-1]) + 1) * len(examples[i].ids) > batch_tokens
+        if groups[-1] and full:
             groups.append([])
         groups[-1].append(i)
     return groups

@@ -56,6 +56,7 @@ class Finetune(_Strict):
     choice_weight: float = Field(ge=1)
     epochs: float = Field(gt=0)
     batch_tokens: int = Field(gt=0)
+    batch_rows: int = Field(gt=0)
     warmup_share: float = Field(ge=0, lt=1)
     evaluate_every: int = Field(gt=0)
     patience: int = Field(gt=0)

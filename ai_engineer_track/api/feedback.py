@@ -65,8 +65,10 @@ def shortcomings(turn: Turn, earlier: list[Exchange]) -> list[tuple[Kind, str]]:
         said = f"grounded: {verdict.grounded}, safe: {verdict.safe}, helpful: {verdict.helpful}"
         found.append(("judge_failed", said))
     if turn.kind == "not_answered":
-        withheld = verdict is not None or turn.quotes_verified is False
-        found.append(("withheld" if withheld else "low_confidence", turn.reason))
+        if any(step.node == "verify" for step in turn.trace):
+            found.append(("withheld", turn.reason))
+        elif turn.passages:  # without any, the message could not be read and the library was not asked
+            found.append(("low_confidence", turn.reason))
         if earlier and earlier[-1].turn.kind == "clarify":
             found.append(("clarify_failed", turn.reason))
     return found

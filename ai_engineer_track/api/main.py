@@ -53,10 +53,11 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             if assistant is None:
-                from ai_engineer_track.api.assistant import open_parts  # loads torch; tests and tools do without
+                from ai_engineer_track.assistant import open_assistant  # loads torch
 
                 try:
-                    await stack.enter_async_context(open_parts(service))
+                    opened = await stack.enter_async_context(open_assistant(settings))
+                    service.assistant, service.index, service.retriever = opened, opened.index, opened.retriever
                 except UserError as error:
                     service.broken = f"The assistant cannot answer yet: {error.what}."
                     log.error("%s", error)

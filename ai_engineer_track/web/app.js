@@ -5,8 +5,8 @@ const $ = (id) => document.getElementById(id);
 const stored = { session: "session", token: "token" };
 const nodeNames = {
   triage: "Checking for an emergency", retrieve: "Looking in the library", decide: "Deciding what to do",
-  clarify: "Thinking of a question", answer: "Quoting the leaflets", verify: "Checking the answer", judge: "Judging the answer",
-  escalate: "Emergency", decline: "Declining", remember: "Remembering", cache: "Looking for an earlier answer",
+  clarify: "Thinking of a question", answer: "Quoting the leaflets", verify: "Checking the answer",
+  escalate: "Emergency", decline: "Declining", refuse: "Looking for the nearest leaflets",
 };
 let titles = new Map();     // slug -> title
 let busy = false;
@@ -73,6 +73,11 @@ function follow() {
   if (!following) return;
   const view = document.querySelector("main");
   view.scrollTop = Math.min(following.offsetTop - 16, view.scrollHeight - view.clientHeight);
+}
+
+/** Where a citation or passage stands: "Migraine, See a doctor". */
+function place({ title, section }) {
+  return `${title}, ${section.charAt(0).toUpperCase()}${section.slice(1).replaceAll("-", " ")}`;
 }
 
 function seconds(value) { return value < 0.01 ? "<0.01 s" : `${value.toFixed(value < 10 ? 2 : 1)} s`; }
@@ -177,11 +182,13 @@ class Reply {
 
   quote(number, text) {
     const citation = this.citations.get(number);
-    const name = citation ? `Source ${number}: ${citation.title}, ${citation.section}` : `Source ${number}`;
+    const name = citation ? `Source ${number}: ${place(citation)}` : `Source ${number}`;
     const button = make("button", { className: "cite", type: "button", textContent: number, title: name, "aria-label": name,
       "aria-controls": "leaflet", "aria-expanded": "false", disabled: !citation,
       onclick: () => openLeaflet(citation.leaflet, citation.sentence_id, button) });
-    return make("p", {}, text, " ", button);
+    const space = text.lastIndexOf(" ") + 1;  // the mark stays on the line of the last word
+    const last = text.length - space < 24 ? space : text.length;
+    return make("p", {}, text.slice(0, last), make("span", { className: "together" }, text.slice(last), " ", button));
   }
 
   finish(exchange, fresh) {
@@ -193,7 +200,7 @@ class Reply {
     this.show();
     if (turn.kind === "escalate") this.emergency();
     if (turn.question) this.choices(turn.question);
-    if (turn.nearest.length && turn.kind !== "answer") this.nearest(turn.nearest);
+    if (turn.nearest.length && turn.kind === "not_answered") this.nearest(turn.nearest);
     this.sources();
     this.box.append(foot(exchange));
     if (!fresh) return;
@@ -217,7 +224,7 @@ class Reply {
   sources() {
     if (!this.citations.size) return;
     const buttons = [...this.citations.values()].map((one) => make("button", { className: "quiet", type: "button",
-      textContent: `${one.number}  ${one.title}, ${one.section}`, onclick: (event) => openLeaflet(one.leaflet, one.sentence_id, event.currentTarget) }));
+      textContent: `${one.number}  ${place(one)}`, onclick: (event) => openLeaflet(one.leaflet, one.sentence_id, event.currentTarget) }));
     this.body.after(make("div", { className: "sources", role: "group", "aria-label": "Sources" }, ...buttons));
   }
 
@@ -230,7 +237,7 @@ class Reply {
   nearest(slugs) {
     const buttons = slugs.map((slug) => make("button", { className: "quiet", type: "button", textContent: titles.get(slug) || slug,
       onclick: (event) => openLeaflet(slug, null, event.currentTarget) }));
-    this.box.append(make("p", { className: "nearest" }, "You could read:", ...buttons));
+    this.box.append(make("p", { className: "nearest" }, "Open a leaflet:", ...buttons));
   }
 
   fail(message) {
@@ -343,7 +350,7 @@ function passageLine(passage, best) {
   const ranks = [passage.dense_rank && `meaning #${passage.dense_rank}`, passage.bm25_rank && `words #${passage.bm25_rank}`].filter(Boolean);
   const slug = passage.id.split("/")[0];
   return make("li", {},
-    make("button", { type: "button", textContent: `${passage.title}: ${passage.section}`, title: ranks.join(", "),
+    make("button", { type: "button", textContent: place(passage), title: ranks.join(", "),
       onclick: (event) => openLeaflet(slug, `${passage.id}/1`, event.currentTarget) }),
     make("progress", { max: best, value: Math.max(passage.score, 0), "aria-label": "Score" }),
     make("span", { textContent: passage.score.toFixed(3) }));

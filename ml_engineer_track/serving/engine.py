@@ -270,10 +270,7 @@ class Engine(ABC):
         traceback.print_exception(error)
         self.failures += 1
         for job in list(self.running):
-            job.stream.error = (
-                f"the engine failed: {str(error).strip().splitlines()[-1][:200] if str(error).strip() else error!r}"
-            )
-            self.emit(job, [], "failed")
+            self._end(job, error)
         self._deliver()
         try:
             self.do_recover()

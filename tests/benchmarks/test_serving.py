@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -92,16 +93,21 @@ def test_a_server_that_stops_at_once_is_reported_with_its_last_line() -> None:
         pass
 
 
-def test_a_server_is_started_waited_for_and_stopped() -> None:
+@pytest.mark.parametrize("ready", ["[503, 503, 200]", "[404]"])
+def test_a_server_is_started_waited_for_and_stopped(ready: str) -> None:
     script = (
         "import http.server as h, sys\n"
+        f"codes = {ready}\n"
         "class H(h.BaseHTTPRequestHandler):\n"
         "    def do_GET(self):\n"
-        "        self.send_response(200); self.end_headers()\n"
+        "        code = (codes.pop(0) if len(codes) > 1 else codes[0]) if self.path == '/ready' else 200\n"
+        "        self.send_response(code); self.end_headers(); self.wfile.write(str(len(codes)).encode())\n"
         "h.HTTPServer(('127.0.0.1', int(sys.argv[1])), H).serve_forever()\n"
     )
     with serving.server("", [sys.executable, "-c", script, "{port}"]) as (url, process):
         assert url.endswith("/v1")
+        # /health said 200 all along; only the last answer of /ready counts.
+        assert urllib.request.urlopen(f"{url}/x").read() == b"1"
         assert process.is_running()
         assert (serving.peak_memory(process) or 1e6) > 1e5
     assert not process.is_running()

@@ -97,7 +97,7 @@ def say(page: Page, message: str) -> None:
 def test_a_citation_opens_the_sentence_it_quotes(page: Page) -> None:
     say(page, "What helps?")
     expect(page.locator(".theirs .text p").first).to_have_text(re.compile("fact 1 helps people at home"))
-    source = page.get_by_role("button", name="Source 2: Sunburn, Self-care")
+    source = page.get_by_role("button", name="Source 2: Sunburn, Self care")
     source.click()
     panel = page.get_by_role("complementary", name="Sunburn")
     quoted = panel.locator(".quoted")

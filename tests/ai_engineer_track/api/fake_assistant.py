@@ -144,7 +144,10 @@ class FakeAssistant:
             )
             return Turn(kind="clarify", text=question.text, question=question, **common)
         if "retract" in message or "unknown" in message:
-            verdict = chat.Verdict(grounded=False, safe=True, helpful=2) if "retract" in message else None
+            verdict = None
+            if "retract" in message:
+                verdict = chat.Verdict(grounded=False, safe=True, helpful=2)
+                trace.append(Step(node="verify", seconds=0.2, output="not grounded"))
             return Turn(
                 kind="not_answered",
                 text=chat.NOT_ANSWERED,

@@ -1,4 +1,4 @@
-"""A published artifact of the bundled model, a real server over it, and an engine of a few lines where the model does not matter."""
+"""A published artifact of the bundled model, a real server over it, and a counting engine where the model does not matter."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def artifact(base_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.T
         training={}, seed=7, prompt_version=PROMPT_VERSION, chat_template_sha256="", tokenizer_sha256="", context_window=2048,
         stop_tokens=["<|end|>"], stop_token_ids=[1], use={"cpu": "q8_0", "cuda": "bf16"}, hardware={},
         variants={
-            name: handoff.Variant(name=name, weight_bytes=sizes.get(name, 1), quality={}, performance={}, files={}, golden=replies[name])
+            name: handoff.Variant(
+                name=name, weight_bytes=sizes.get(name, 1), quality={}, performance={}, files={}, golden=replies[name]
+            )
             for name in folders
         },
     )  # fmt: skip

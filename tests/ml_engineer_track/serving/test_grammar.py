@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -200,7 +201,5 @@ def test_what_cannot_be_held_to_is_refused_with_the_reason(structured: dict[str,
 
 @given(st.sampled_from(["regex", "grammar"]), st.text(st.characters(codec="ascii"), max_size=40))
 def test_no_text_raises_anything_but_a_grammar_error(kind: str, text: str) -> None:
-    try:
+    with contextlib.suppress(GrammarError):
         constraint({kind: text})
-    except GrammarError as refusal:
-        assert str(refusal)

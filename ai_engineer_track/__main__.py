@@ -1,0 +1,123 @@
+"""Commands of the AI track: `python -m ai_engineer_track <command>`. Without settings of yours they use the preset `tiny`."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from ai_engineer_track.settings import load_ai_settings
+from shared.errors import UserError
+
+STOPPED = 130  # the shell's status for Ctrl-C
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+Preset = Annotated[str | None, typer.Option(help="tiny or smoke (default: PRESET, else tiny)")]
+
+
+@app.command()
+def run(preset: Preset = None) -> None:
+    """The whole track: verify and serve the model, index, talk, measure, report (make ai)."""
+    from ai_engineer_track.pipeline import run as run_all
+
+    run_all(load_ai_settings(preset))
+
+
+@app.command()
+def serve(preset: Preset = None) -> None:
+    """The service with its web page, until Ctrl-C (make serve)."""
+    import uvicorn
+
+    from ai_engineer_track.api.main import create_app
+    from ai_engineer_track.inference import inference_server, need_port
+    from ai_engineer_track.ingest import ingest as bring_up_to_date
+
+    settings = load_ai_settings(preset)
+    need_port(settings.api.host, settings.api.port)
+    with inference_server(settings) as served:
+        bring_up_to_date(served)
+        print(f"open http://{served.api.host}:{served.api.port}  (Ctrl-C ends it)", flush=True)
+        uvicorn.run(create_app(served), host=served.api.host, port=served.api.port, log_level="warning")
+
+
+@app.command()
+def ingest(preset: Preset = None) -> None:
+    """Bring the index up to date with the corpus (CORPUS=folder for another one)."""
+    from ai_engineer_track.ingest import ingest as bring_up_to_date
+
+    report = bring_up_to_date(load_ai_settings(preset))
+    print(
+        f"{report.passages} passages as {report.version}: {report.added} new, {report.removed} gone, "
+        f"{report.unchanged} unchanged ({report.seconds:.1f} s)"
+    )
+    for path, reason in report.skipped:
+        print(f"  skipped {path}: {reason}")
+
+
+@app.command()
+def search(message: str, preset: Preset = None, k: int = 5) -> None:
+    """The passages that are found for a message."""
+    from ai_engineer_track.ingest import open_index
+    from ai_engineer_track.retrieve import Retriever
+
+    settings = load_ai_settings(preset)
+    index = open_index(settings)
+    for hit in Retriever(index, settings).search(message, k):
+        print(f"{hit.score:8.3f}  {hit.passage.heading}\n          {hit.passage.sentences[0].text}")
+    index.close()
+
+
+@app.command()
+def measure(preset: Preset = None) -> None:
+    """Figures of every part alone, on the test split."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ai_engineer_track.inference import inference_server
+    from ai_engineer_track.measure import measure_parts
+    from ai_engineer_track.report import leaves
+
+    with inference_server(load_ai_settings(preset)) as served:
+        figures = asyncio.run(measure_parts(served))
+    shown = Table("figure", "value [95 % interval]", "rows")
+    for path, cells in leaves(figures):
+        shown.add_row(" / ".join(path), *cells)
+    Console(width=130).print(shown)
+
+
+def main() -> int:
+    """Run a command; a user's mistake or a full disk becomes one line and exit status 2."""
+    signal.signal(signal.SIGTERM, _ended)
+    try:
+        if app(standalone_mode=False) == STOPPED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return STOPPED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: the disk is full while writing {error.filename or ''}. Free some space or set ARTIFACTS", file=sys.stderr)
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("click", "typer"):
+            raise
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _ended(number: int, _: object) -> None:
+    """Leaves through every `finally`, so that `kill` leaves no inference server behind."""
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
