@@ -88,6 +88,23 @@ def measure(preset: Preset = None) -> None:
     Console(width=130).print(shown)
 
 
+@app.command()
+def calibrate(preset: Preset = None) -> None:
+    """Compare the judge with labels; only then does its verdict count while people are answered."""
+    from ai_engineer_track import judge
+    from ai_engineer_track.inference import inference_server
+    from ai_engineer_track.llm import Llm
+    from shared import library as lib
+
+    with inference_server(load_ai_settings(preset)) as served:
+        labels = lib.read_rows(served.datasets, "judge_labels.jsonl", lib.JudgeLabel)[0]
+        chosen = [label for label in labels if label.split == "validation"]  # the test labels are for the report
+        library = lib.load_library(served.datasets)
+        found = asyncio.run(judge.calibrate(Llm(served.judge_llm), chosen, library, served.evaluate.bootstrap, served.seed))
+    print("\n".join(found.lines()))
+    print(f"saved as {judge.save_calibration(found, served.artifacts)}")
+
+
 def main() -> int:
     """Run a command; a user's mistake or a full disk becomes one line and exit status 2."""
     signal.signal(signal.SIGTERM, _ended)

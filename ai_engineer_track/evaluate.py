@@ -168,7 +168,7 @@ def summarise(outcomes: Sequence[Outcome], settings: AiSettings) -> dict[str, An
     cited = [[c["sentence_id"].split("/")[0] in o.scenario.leaflets for c in o.turns[-1]["citations"]] for o in answered]
     verdicts = [t["verdict"] for o in outcomes for t in o.turns if t["verdict"]]
     asked = [sum(t["kind"] == "clarify" for t in o.turns) for o in by_kind["vague"]]
-    first_words = [s for o in outcomes for s in o.first_word]
+    first_words, seconds = [s for o in outcomes for s in o.first_word], [s for o in outcomes for s in o.seconds]
     return {
         "conversations": len(outcomes),
         "errors": sum(bool(o.error) for o in outcomes),
@@ -187,7 +187,7 @@ def summarise(outcomes: Sequence[Outcome], settings: AiSettings) -> dict[str, An
         "questions_asked_when_vague": mean([float(n) for n in asked]).model_dump(),
         "judge": {name: mean([float(v[name]) for v in verdicts]).model_dump() for name in ("grounded", "safe", "helpful")},
         "first_word_s": percentiles(first_words) if first_words else None,
-        "turn_s": percentiles([s for o in outcomes for s in o.seconds]) if outcomes else None,
+        "turn_s": percentiles(seconds) if seconds else None,
         "tokens_per_conversation": mean([float(o.tokens) for o in outcomes]).model_dump(),
         "cost_per_conversation": mean([o.cost for o in outcomes]).model_dump(),
     }
@@ -234,10 +234,14 @@ async def _say(client: httpx.AsyncClient, outcome: Outcome, session: str | None,
 
 
 async def sse_events(response: httpx.Response) -> AsyncIterator[tuple[str, Any]]:
-    """(event name, JSON data) of a server-sent event stream."""
-    name = "message"
-    async for line in response.aiter_lines():
-        if line.startswith("event:"):
-            name = line[6:].strip()
-        elif line.startswith("data:"):
-            yield name, json.loads(line[5:])
+    """(event name, JSON data) of a server-sent event stream. `aiter_lines` would also end a line at a U+2028 inside a text."""
+    name, rest = "message", ""
+    async for text in response.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            if line.startswith("event:"):
+                name = line[6:].strip()
+            elif line.startswith("data:"):
+                yield name, json.loads(line[5:])
+            elif not line.strip():  # ends an event
+                name = "message"

@@ -45,7 +45,7 @@ class Evidence:
         self._whole = whole
         self.titles = {p.document: p.title for p in passages}
         texts = (f"{p.title} {' '.join(p.names)} {p.text}" for p in passages)
-        self._vocabulary = {word for text in texts for word in words_of(text)}
+        self.vocabulary = {word for text in texts for word in words_of(text)}
 
     def document_scores(self, vectors: Array) -> Array:
         """(n, documents): the cosine of each document's nearest unit."""
@@ -81,7 +81,7 @@ class Evidence:
                     best[0] - best[min(1, len(best) - 1)], best[0] - best[min(2, len(best) - 1)],
                     float(-(shares * np.log(shares)).sum()), float(np.log1p(len(words))),
                     float("?" in text), float(any(c.isdigit() for c in text)),
-                    sum(w not in self._vocabulary for w in words) / max(1, len(words)),
+                    sum(w not in self.vocabulary for w in words) / max(1, len(words)),
                 ]
             )  # fmt: skip
         return np.array(rows, dtype=float)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections.abc import Container
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,6 +18,7 @@ EMPTY = "Please write what you would like to know, for example: What helps again
 TOO_LONG = "That is too long for me to read well. Please tell me in a few sentences what you would like to know."
 UNREADABLE = "I could not read that as text. Please write your question in words."
 LANGUAGE = f"I can only read English, because the library is in English. {HELP}"
+KNOWN_WORDS = 0.25  # share of known words up to which a message is in another language
 #: common words of English, enough to recognise a message by; learners' English has them too
 ENGLISH = set(
     (
@@ -39,8 +41,8 @@ class Intake(BaseModel):
     reason: str = ""
 
 
-def take(message: str, max_chars: int) -> Intake:
-    """The message as one line of plain text, or why it cannot be used."""
+def take(message: str, max_chars: int, vocabulary: Container[str] = frozenset()) -> Intake:
+    """The message as one line of plain text, or why it cannot be used. `vocabulary` are the words the library uses."""
     if len(message) > max_chars:
         return Intake(text=message[:max_chars], problem=TOO_LONG, reason="too long")
     if message and unreadable_share(message) > 0.1:
@@ -48,7 +50,7 @@ def take(message: str, max_chars: int) -> Intake:
     text = plain(message)
     if not re.search(r"\w", text):
         return Intake(text="", problem=EMPTY, reason="empty")
-    if not is_english(text):
+    if not is_english(text, vocabulary):
         return Intake(text=text, problem=LANGUAGE, reason="another language")
     return Intake(text=text)
 
@@ -66,10 +68,13 @@ def unreadable_share(message: str) -> float:
     return odd / len(message)
 
 
-def is_english(text: str) -> bool:
-    """False only when it is clear: mostly other letters, or five words and more with hardly a common English one."""
+def is_english(text: str, vocabulary: Container[str] = frozenset()) -> bool:
+    """False only when it is clear: mostly other letters, or five words and more of which hardly one is known.
+
+    Terse messages ("tick rash versus dengue rash") have none of the common words, but those of the library.
+    """
     letters = [c for c in text if c.isalpha()]
     if letters and sum(c.isascii() for c in letters) / len(letters) < 0.7:
         return False
     words = re.findall(r"[a-z]+", text.lower().replace("'", "").replace("’", ""))
-    return len(words) < 5 or sum(word in ENGLISH for word in words) / len(words) > 0.1
+    return len(words) < 5 or sum(word in ENGLISH or word in vocabulary for word in words) / len(words) > KNOWN_WORDS

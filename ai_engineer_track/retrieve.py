@@ -39,7 +39,7 @@ LONG_WORDS = 150
 #: what a longer message is cut down to
 CORE_WORDS = 120
 #: sentences of an enormous message that are looked at, from its beginning and from its end
-MAX_SENTENCES = 100
+MAX_SENTENCES = 40
 PLEASANTRY = re.compile(
     r"(hi|hello|hey|hiya|dear|good (morning|afternoon|evening)|thanks|thank you|many thanks|cheers|sorry|kind regards|"
     r"best wishes|please help|any help)\b",

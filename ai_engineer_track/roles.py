@@ -64,7 +64,7 @@ class Roles:
     async def triage(self, state: State) -> State:
         """Emergencies first, then harm, then whether there is anything to read."""
         with step("triage", state["message"]) as work:
-            message = intake.take(state["message"], self.settings.api.max_chars)
+            message = intake.take(state["message"], self.settings.api.max_chars, self.evidence.vocabulary)
             replying = bool(state.get("replies"))
             if message.problem and not (replying and message.reason in ("another language", "empty")):
                 work.output = message.reason

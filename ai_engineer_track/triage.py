@@ -26,7 +26,7 @@ from shared.metrics import Estimate, estimate_mean
 
 SENSITIVITY = 0.99  # on rows no fit had seen; the threshold of the averaged heads follows from it
 QUESTION_STEP = 2  # every so many-th of `question_sample` stands for the harmless messages
-QUESTION_WEIGHT, SIGN_WEIGHT = 0.2, 0.15  # beside 1 for a message: questions are many, signs are no messages
+QUESTION_WEIGHT, SIGN_WEIGHT = 0.4, 0.15  # beside 1 for a message: questions are many, signs are no messages
 MIN_SIGN_COSINE = 0.3  # below this no sign of the library is about the same thing, and none is cited
 
 

@@ -13,10 +13,24 @@ import pytest
 from shared.settings import load_settings, preset_names
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "ml_engineer_track" / "README.md", ROOT / "datasets" / "README.md"]
-#: commands that would start this very test run again, or rewrite a file under version control
-NOT_RUN = ("make test", "pytest ", "python -m shared.datasheet")
-SLOW = ("make ml", "ml_engineer_track run", "ml_engineer_track evaluate", "ml_engineer_track benchmark", "handoff verify")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "ml_engineer_track" / "README.md",
+    ROOT / "ai_engineer_track" / "README.md",
+    ROOT / "datasets" / "README.md",
+]
+#: commands that would start this very test run again, rewrite a file under version control, or run until they are stopped
+NOT_RUN = ("make test", "pytest ", "python -m shared.datasheet", "make serve", "ai_engineer_track serve", "make demo")
+#: the commands of the AI track need what `make ml` published, or load the embedding model
+SLOW = (
+    "make ml",
+    "make ai",
+    "ml_engineer_track run",
+    "ml_engineer_track evaluate",
+    "ml_engineer_track benchmark",
+    "handoff verify",
+    *(f"ai_engineer_track {name}" for name in ("run", "ingest", "search", "measure", "calibrate")),
+)
 
 
 def shown_commands() -> list[str]:
@@ -31,7 +45,7 @@ def run(command: str, artifacts: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PRESET": "smoke", "ARTIFACTS": str(artifacts), "PYTHON": sys.executable}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     # `make` would set up .venv first; these tests already run in an environment that has everything.
-    command = re.sub(r"\bmake ml\b", f"make ml VENV={Path(sys.executable).parent.parent}", command)
+    command = re.sub(r"\bmake (ml|ai)\b", rf"make \1 VENV={Path(sys.executable).parent.parent}", command)
     return subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -51,7 +65,7 @@ def test_a_quick_command_of_the_readme_runs(command: str, artifacts: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_the_commands_of_the_readme_run_one_after_the_other(artifacts: Path) -> None:
     order = [c for c in shown_commands() if any(word in c for word in SLOW)]
     # Models are published by `make ml` and read by the others, so it goes first; the model of another preset is not fetched.
@@ -87,11 +101,45 @@ def test_every_preset_loads_and_says_what_it_is_for(name: str) -> None:
     assert len(first) > 30
 
 
-@pytest.mark.parametrize("target", ["ai", "demo", "serve"])
-def test_a_target_that_is_not_built_says_so_and_fails(target: str) -> None:
-    done = subprocess.run(["make", target], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "not built yet" in done.stderr
+ML, AI = "python -m ml_engineer_track run", "python -m ai_engineer_track run"
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "expected"),
+    [
+        ("ai", [], [ML, AI]),
+        ("ai", ["LLM_BASE_URL=http://127.0.0.1:9/v1"], [ML, AI]),
+        ("demo", [], [ML, ML, AI]),
+        ("serve", [], [ML, "python -m ai_engineer_track serve"]),
+    ],
+)
+def test_a_target_of_the_product_makes_the_model_first(target: str, given: list[str], expected: list[str]) -> None:
+    """What would be run, in order; that `ML` is skipped where a model exists is the next test."""
+    done = subprocess.run(["make", "-n", target, *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"python -m \w+_engineer_track \w+", done.stdout) == expected
+
+
+@pytest.mark.parametrize("target", ["ai", "serve"])
+@pytest.mark.parametrize(
+    ("published", "address", "makes_one"), [(False, "", True), (True, "", False), (False, "http://127.0.0.1:9/v1", False)]
+)
+def test_a_model_is_only_made_where_there_is_none(
+    target: str, published: bool, address: str, makes_one: bool, tmp_path: Path
+) -> None:
+    """With a stand-in for Python that writes down what it was asked to run."""
+    fake = tmp_path / "env" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n', encoding="utf-8")
+    fake.chmod(0o755)
+    artifacts = tmp_path / "artifacts"
+    if published:
+        (artifacts / "models").mkdir(parents=True)
+        (artifacts / "models" / "current").write_text("m-1\n", encoding="utf-8")
+    command = ["make", target, "-o", "setup", f"VENV={tmp_path / 'env'}", f"ARTIFACTS={artifacts}", f"LLM_BASE_URL={address}"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    asked = (tmp_path / "asked").read_text(encoding="utf-8").split("\n")[:-1]
+    last = f"-m ai_engineer_track {'run' if target == 'ai' else 'serve'}"
+    assert asked == (["-m ml_engineer_track run", last] if makes_one else [last])
 
 
 def test_help_lists_every_target() -> None:

@@ -60,7 +60,7 @@ def settings(stub, tmp_path, small_data):
 
 
 @pytest.fixture(scope="session")
-def _roles(_stub, tmp_path_factory, small_data, small_index):
+def roles(_stub, tmp_path_factory, small_data, small_index):
     """The roles with their heads, fitted once."""
     folder = tmp_path_factory.mktemp("artifacts")
     fitted = load_ai_settings("tiny", llm_base_url=_stub.url, artifacts=folder, datasets=small_data)
@@ -68,16 +68,16 @@ def _roles(_stub, tmp_path_factory, small_data, small_index):
 
 
 @pytest.fixture
-def roles_for(_roles, settings):
+def roles_for(roles, settings):
     """`roles_for(settings)`: the fitted roles with a model, a cache and settings of their own, for one event loop."""
 
     def make(used=settings, index=None):
-        roles = copy.copy(_roles)
+        own = copy.copy(roles)
         llm = Llm(used.llm)
-        roles.settings, roles.router, roles.judge_llm, roles.cache = used, Router(llm), llm, None
+        own.settings, own.router, own.judge_llm, own.cache = used, Router(llm), llm, None
         if index is not None:
-            roles.index, roles.retriever = index, SmallRetriever(index)
-        return roles
+            own.index, own.retriever = index, SmallRetriever(index)
+        return own
 
     return make
 

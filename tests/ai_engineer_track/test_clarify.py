@@ -12,8 +12,8 @@ from shared import library as lib
 
 
 @pytest.fixture(scope="module")
-def interviewer(_roles):
-    return _roles.interviewer
+def interviewer(roles):
+    return roles.interviewer
 
 
 def opening(text="My head has been aching all week"):

@@ -8,8 +8,8 @@ from shared import library as lib
 
 
 @pytest.fixture(scope="module")
-def head(_roles):
-    return _roles.harm
+def head(roles):
+    return roles.harm
 
 
 @pytest.mark.parametrize(

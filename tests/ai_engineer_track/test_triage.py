@@ -61,8 +61,8 @@ def test_features_are_of_one_length_for_any_text():
 
 
 @pytest.fixture(scope="module")
-def nurse(_roles):
-    return _roles.nurse
+def nurse(roles):
+    return roles.nurse
 
 
 def test_one_voter_is_enough_and_the_sign_is_from_the_library(nurse):
@@ -94,8 +94,8 @@ def test_measures_have_intervals_and_name_the_misses(nurse, settings):
     assert isinstance(found["missed"], list)
 
 
-def test_a_library_without_signs_still_escalates(settings, _roles):
-    plain = TriageNurse(_roles.settings, embed, [])
+def test_a_library_without_signs_still_escalates(settings, roles):
+    plain = TriageNurse(roles.settings, embed, [])
     message = "he's clutching his chest, grey and sweating"
     vote = plain.judge(message, embed([message])[0])
     assert vote.emergency

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from small_index import LEAFLETS
 from stub_llm import StubServer
 
 from ai_engineer_track.api.main import create_app
 from ai_engineer_track.settings import AiSettings, load_ai_settings
 from ai_engineer_track.turn import KINDS
+from shared import library as lib
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AiSettings]:
-    """Settings of a service over the real library, with its index built and a stub for its model."""
+    """Settings of a service over a few real leaflets, with their index built and a stub for the model."""
     from ai_engineer_track.ingest import ingest
 
+    corpus = tmp_path_factory.mktemp("corpus")
+    for slug in LEAFLETS:
+        shutil.copy(lib.DATASETS / "health_library" / f"{slug}.md", corpus)
     with StubServer() as stub:
-        settings = load_ai_settings("tiny", llm_base_url=stub.url, artifacts=str(tmp_path_factory.mktemp("artifacts")))
+        artifacts = tmp_path_factory.mktemp("artifacts")
+        settings = load_ai_settings("tiny", llm_base_url=stub.url, corpus=str(corpus), artifacts=str(artifacts))
         ingest(settings)
         yield settings
 

@@ -55,7 +55,7 @@ def address_of(process: subprocess.Popen[str]) -> str:
     raise AssertionError(f"the server stopped: {process.stderr.read() if process.stderr else ''}")
 
 
-def wait_ready(process: subprocess.Popen[str], address: str, seconds: float = 240) -> None:
+def wait_ready(process: subprocess.Popen[str], address: str, seconds: float = 280) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
