@@ -18,7 +18,15 @@ EMPTY = "Please write what you would like to know, for example: What helps again
 TOO_LONG = "That is too long for me to read well. Please tell me in a few sentences what you would like to know."
 UNREADABLE = "I could not read that as text. Please write your question in words."
 LANGUAGE = f"I can only read English, because the library is in English. {HELP}"
-KNOWN_WORDS = 0.25  # share of known words up to which a message is in another language
+KNOWN_WORDS = 0.4  # share of known words up to which a message may be in another language
+#: small words of other languages that are no words of English
+FOREIGN = set(
+    (
+        "der das und ist nicht ich mein meine mit gegen haben schmerzen bitte wie le les une est je pas mon avec pour quoi "
+        "los las una que por para con mi tengo dolor desde il che non sono della mio contro het een niet mijn wat jest nie "
+        "jak boli ve bir icin agri meu minha nao uma dor como "
+    ).split()
+)
 #: common words of English, enough to recognise a message by; learners' English has them too
 ENGLISH = set(
     (
@@ -69,12 +77,13 @@ def unreadable_share(message: str) -> float:
 
 
 def is_english(text: str, vocabulary: Container[str] = frozenset()) -> bool:
-    """False only when it is clear: mostly other letters, or five words and more of which hardly one is known.
+    """False only when it is clear: mostly other letters, or few known words and small words of another language.
 
-    Terse messages ("tick rash versus dengue rash") have none of the common words, but those of the library.
+    Terse messages ("tick rash versus dengue rash") and misspelt ones have few known words too, so that alone does not count.
     """
     letters = [c for c in text if c.isalpha()]
     if letters and sum(c.isascii() for c in letters) / len(letters) < 0.7:
         return False
-    words = re.findall(r"[a-z]+", text.lower().replace("'", "").replace("’", ""))
-    return len(words) < 5 or sum(word in ENGLISH or word in vocabulary for word in words) / len(words) > KNOWN_WORDS
+    words = re.findall(r"[^\W\d_]+", text.lower().replace("'", "").replace("’", ""))
+    known = sum(word in ENGLISH or word in vocabulary for word in words) / max(1, len(words))
+    return known > KNOWN_WORDS or not any(word in FOREIGN for word in words)
