@@ -90,5 +90,7 @@ async def open_assistant(settings: AiSettings) -> AsyncIterator[Assistant]:
     except (sqlite3.Error, OSError) as error:
         raise UserError(f"sessions cannot be stored ({error})", str(path), "Free disk space, or set ARTIFACTS") from None
     finally:
+        for model in {llm, judge_llm, large or llm}:
+            await model.close()
         await asyncio.to_thread(provider.shutdown)
         index.close()

@@ -99,7 +99,7 @@ class AnswerCache:
     def _similar(self, question: str, vector: Array) -> str | None:
         if not self._vectors:
             return None
-        keys = list(self._vectors)
+        keys: list[str] = list(self._vectors)
         cosines = np.stack([self._vectors[key] for key in keys]) @ vector
         for i in np.argsort(-cosines)[:3]:
             if cosines[i] >= self.threshold and meaning(question) == self._meanings[keys[i]]:

@@ -159,6 +159,11 @@ def phrase_pattern(feature: str, values: Sequence[str]) -> str:
     return rf"[A-Z][A-Za-z ,'-]{{8,90}}: {kept}\?"
 
 
+def names(text: str, feature: str) -> bool:
+    """Does a question say what it asks about? A small model under the pattern above may fill it with anything."""
+    return all(word in text.lower() for word in re.findall(r"[a-z]{4,}", feature.lower()))
+
+
 def simulate(
     case: lib.Case,
     interviewer: Interviewer,

@@ -22,7 +22,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel, ConfigDict
 
 from ai_engineer_track.settings import LlmSettings
-from shared import chat
+from shared.chat import Message
 
 BUNDLED_URL = "http://127.0.0.1:8001/v1"
 
@@ -72,9 +72,13 @@ class Llm:
             self._model = names[0]
         return self._model
 
+    async def close(self) -> None:
+        """Give the connections back. Nothing can be asked afterwards."""
+        await self._client.close()
+
     async def chat(
         self,
-        messages: Sequence[chat.Message],
+        messages: Sequence[Message],
         *,
         max_tokens: int,
         structured: dict[str, Any] | None = None,
@@ -106,7 +110,7 @@ class Llm:
             cost=(spent_in * self.settings.price_in + spent_out * self.settings.price_out) / 1e6,
         )
 
-    async def probabilities(self, messages: Sequence[chat.Message], choices: Sequence[str]) -> dict[str, float]:
+    async def probabilities(self, messages: Sequence[Message], choices: Sequence[str]) -> dict[str, float]:
         """How likely the model finds each of `choices` as its reply; they sum to 1.
 
         Read from the log probabilities of one constrained reply. A server that gives none yields 1.0 for what it chose.
@@ -124,9 +128,7 @@ class Llm:
         ]
         return spread(choices, paths) or {choice: float(choice == text.strip()) for choice in choices}
 
-    async def _request(
-        self, messages: Sequence[chat.Message], max_tokens: int, structured: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    async def _request(self, messages: Sequence[Message], max_tokens: int, structured: dict[str, Any] | None) -> dict[str, Any]:
         request: dict[str, Any] = {
             "model": await self.model(),
             "messages": list(messages),

@@ -14,7 +14,7 @@ import numpy as np
 from ai_engineer_track import intake
 from ai_engineer_track.answer import Written, cite, write
 from ai_engineer_track.cache import AnswerCache
-from ai_engineer_track.clarify import Interviewer, Reply, phrase_pattern
+from ai_engineer_track.clarify import Interviewer, Reply, names, phrase_pattern
 from ai_engineer_track.decide import Decider
 from ai_engineer_track.evidence import Evidence
 from ai_engineer_track.harm import HarmHead
@@ -207,7 +207,8 @@ class Roles:
                     max_tokens=128,
                     structured={"regex": phrase_pattern(feature, values)},
                 )
-                text = work.count(reply).text.strip()
+                phrased = work.count(reply).text.strip()
+                text = phrased if names(phrased.split(":")[0], feature) else text
             except (LlmUnavailable, LlmNonsense):
                 pass
             work.output = text
@@ -282,7 +283,7 @@ class Roles:
 
     def _leaflet(self, state: State, written: dict[str, Any]) -> str:
         """After questions back the leaflet that fits best; else the one quoted first."""
-        return state["reading"]["shown"]["leaflet"] if state.get("replies") else written["citations"][0]["leaflet"]
+        return str(state["reading"]["shown"]["leaflet"] if state.get("replies") else written["citations"][0]["leaflet"])
 
     async def refuse(self, state: State) -> State:
         """Says that there is no answer, and where to look instead."""

@@ -26,10 +26,12 @@ from shared.passages import DIMENSIONS, Passage
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+PassageFeature = Literal["meaning", "best_sentence", "words", "document_words", "section"]
+SentenceFeature = Literal["passage", "meaning", "words"]
 #: columns of `Corpus.passage_features`
-PASSAGE_FEATURES = ("meaning", "best_sentence", "words", "document_words", "section")
+PASSAGE_FEATURES: tuple[PassageFeature, ...] = ("meaning", "best_sentence", "words", "document_words", "section")
 #: columns of `Corpus.sentence_features`
-SENTENCE_FEATURES = ("passage", "meaning", "words")
+SENTENCE_FEATURES: tuple[SentenceFeature, ...] = ("passage", "meaning", "words")
 #: name of the asset in the handoff
 ASSET = "ranker.json"
 
@@ -140,8 +142,8 @@ class Ranker(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal[1] = 1
     embedder: str
-    passage: dict[Literal["meaning", "best_sentence", "words", "document_words", "section"], float]
-    sentence: dict[Literal["passage", "meaning", "words"], float]
+    passage: dict[PassageFeature, float]
+    sentence: dict[SentenceFeature, float]
     sections: dict[str, list[float]]
     trained_on: str
     questions: int

@@ -91,12 +91,14 @@ def talk(settings, roles_for):
         used = settings.model_copy(update=change or {})
 
         async def run():
-            agent = connect(roles_for(used, index), saver or InMemorySaver())
+            own = roles_for(used, index)
+            agent = connect(own, saver or InMemorySaver())
             turns = []
             for message in messages:
                 events = []
                 turn = await run_turn(agent, session, message, events.append)
                 turns.append(SimpleNamespace(turn=turn, events=events))
+            await own.judge_llm.close()
             return turns
 
         return asyncio.run(run())

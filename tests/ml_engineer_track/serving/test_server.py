@@ -21,8 +21,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from ml_engineer_track.models import prompt_text
+from ml_engineer_track.serving.serve import listen
 from shared import handoff
 from shared.chat import ACTIONS, NOT_ANSWERED, Decision, Source, Verdict, answer_messages, grounded_grammar, parse_answer, quote
+from shared.errors import UserError
 from shared.files import write_text
 from tests.ml_engineer_track.serving.conftest import (
     DECIDE,
@@ -270,12 +272,13 @@ def test_embeddings_are_sentence_vectors(address: str, client: openai.OpenAI) ->
     assert struct.unpack("<384f", base64.b64decode(first))[0] == pytest.approx(vectors[0][0], abs=1e-5)
 
 
-def test_a_port_in_use_is_said_in_one_line(address: str, artifact: Path) -> None:
-    port = address.rsplit(":", 1)[1]
-    process = run_serve("--model", str(artifact), "--port", port)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert errors == f"error: port {port} of 127.0.0.1 is in use. Choose another with --port\n"
+def test_a_port_in_use_is_said_in_one_line(address: str) -> None:
+    port = int(address.rsplit(":", 1)[1])
+    with pytest.raises(UserError) as refusal:
+        listen("127.0.0.1", port)
+    assert str(refusal.value) == f"port {port} of 127.0.0.1 is in use. Choose another with --port"
+    with pytest.raises(UserError, match="port 99999 does not exist"):
+        listen("127.0.0.1", 99999)
 
 
 def test_a_variant_that_answers_otherwise_never_becomes_ready(artifact: Path, tmp_path: Path) -> None:
@@ -301,6 +304,7 @@ def test_a_variant_that_answers_otherwise_never_becomes_ready(artifact: Path, tm
         (["--variant", "bf16", "--engine", "openvino"], "engine openvino cannot serve this variant"),
         (["--engine", "magic"], "unknown engine 'magic'"),
         (["--engine", "vllm"], "vllm is not installed"),
+        (["--host", "192.0.2.1"], "cannot be taken"),
     ],
 )
 @pytest.mark.slow
