@@ -310,7 +310,7 @@ def test_a_variant_that_answers_otherwise_never_becomes_ready(artifact: Path, tm
 @pytest.mark.slow
 def test_what_cannot_be_served_is_said_in_one_line(artifact: Path, options: list[str], told: str) -> None:
     process = run_serve("--model", str(artifact), *options)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=280)
     assert process.returncode == 2
     assert told in errors
     assert errors.count("\n") == 1
