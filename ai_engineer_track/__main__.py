@@ -40,7 +40,7 @@ def serve(preset: Preset = None) -> None:
     with inference_server(settings) as served:
         bring_up_to_date(served)
         print(f"open http://{served.api.host}:{served.api.port}  (Ctrl-C ends it)", flush=True)
-        uvicorn.run(create_app(served), host=served.api.host, port=served.api.port, log_level="warning")
+        uvicorn.run(create_app(served), host=served.api.host, port=served.api.port, log_level="warning", server_header=False)
 
 
 @app.command()

@@ -28,9 +28,9 @@ from shared.files import sha256_text
 Array = np.ndarray[Any, np.dtype[Any]]
 Embed = Callable[[Sequence[str]], Array]
 FOLDS = 6
-# Scale of the parts beside the words (unit length each): a larger part is penalised less. Chosen by cross-validation.
-MEANING, COUNTED = 1.5, 0.4
-VERSION = 1  # part of every key: raise it when the arithmetic below changes
+COUNTED = 0.4  # scale of the counted features beside words of unit length: a smaller part is penalised more
+STEM = 5  # letters of a word that count: "bleeds", "bleeding" and "bleed" are one word then
+VERSION = 2  # part of every key: raise it when the arithmetic below changes
 
 
 @dataclass
@@ -63,9 +63,11 @@ class Examples:
 
 @dataclass
 class Head:
-    """`coefficients` stand in the order [words | vector | extra]. `strength` is scikit-learn's C, the inverse of the penalty."""
+    """`coefficients` stand in the order [words | vector | extra]. `strength` is scikit-learn's C, the inverse of the penalty;
+    `meaning` scales the vector beside the words: how far to trust what a text is about over how it is said."""
 
     strength: float = 3.0
+    meaning: float = 1.0
     vocabulary: dict[str, int] = field(default_factory=dict)
     idf: Array = field(default_factory=lambda: np.zeros(0))
     mean: Array = field(default_factory=lambda: np.zeros(0))
@@ -104,7 +106,7 @@ class Head:
             cells += [(row, column, weight / norm) for column, weight in weights.items()]
         rows, columns, values = zip(*cells, strict=True) if cells else ((), (), ())
         words = csr_matrix((values, (rows, columns)), shape=(len(texts), len(self.vocabulary)))
-        parts = [words, csr_matrix(vectors * MEANING), csr_matrix((extra - self.mean) / self.scale * COUNTED)]
+        parts = [words, csr_matrix(vectors * self.meaning), csr_matrix((extra - self.mean) / self.scale * COUNTED)]
         return hstack(parts).tocsr()
 
     def save(self, path: Path) -> None:
@@ -113,7 +115,7 @@ class Head:
         part = path.with_suffix(".part.npz")
         np.savez(
             part, vocabulary=np.array(list(self.vocabulary)), idf=self.idf, mean=self.mean, scale=self.scale,
-            coefficients=self.coefficients, scalars=np.array([self.strength, self.intercept, self.threshold]),
+            coefficients=self.coefficients, scalars=np.array([self.strength, self.meaning, self.intercept, self.threshold]),
         )  # fmt: skip
         part.replace(path)
 
@@ -121,10 +123,11 @@ class Head:
     def load(cls, path: Path) -> Head:
         with np.load(path, allow_pickle=False) as stored:
             words = {str(word): i for i, word in enumerate(stored["vocabulary"])}
-            strength, intercept, threshold = (float(x) for x in stored["scalars"])
+            strength, meaning, intercept, threshold = (float(x) for x in stored["scalars"])
             return cls(
-                strength, words, stored["idf"], stored["mean"], stored["scale"], stored["coefficients"], intercept, threshold
-            )
+                strength, meaning, words, stored["idf"], stored["mean"], stored["scale"], stored["coefficients"], intercept,
+                threshold,
+            )  # fmt: skip
 
 
 def fitted(
@@ -134,24 +137,25 @@ def fitted(
     choose: Callable[[Array, Array], float],
     folder: Path,
     strength: float = 3.0,
+    meaning: float = 1.0,
 ) -> Head:
     """The head `name`, from its file when `key` is the same, else fitted, given a threshold, and stored.
 
     `choose` gets probabilities (n,) of rows the fit had not seen, and their labels, and returns the threshold.
     """
-    path = folder / f"{name}-{sha256_text(f'{VERSION} {strength} {key}')[:16]}.npz"
+    path = folder / f"{name}-{sha256_text(f'{VERSION} {strength} {meaning} {key}')[:16]}.npz"
     try:
         return Head.load(path)
     except (OSError, ValueError, KeyError):  # not there, or not whole
         pass
     data = rows()
-    head = Head(strength).fit(data.part(data.training))
-    head.threshold = choose(unseen(data, strength), data.labels)
+    head = Head(strength, meaning).fit(data.part(data.training))
+    head.threshold = choose(unseen(data, strength, meaning), data.labels)
     head.save(path)
     return head
 
 
-def unseen(rows: Examples, strength: float = 3.0) -> Array:
+def unseen(rows: Examples, strength: float = 3.0, meaning: float = 1.0) -> Array:
     """(n,) probabilities by fits that saw neither the row nor its family: six-fold on training rows, plain on the others."""
     found = np.zeros(len(rows.texts))
     families = sorted(set(rows.groups))
@@ -160,9 +164,9 @@ def unseen(rows: Examples, strength: float = 3.0) -> Array:
     for fold in range(FOLDS):
         held = np.isin(family, families[fold::FOLDS]) & rows.training
         if held.any():
-            found[held] = _predict(rows, ~held & rows.training, held, strength)
+            found[held] = _predict(rows, ~held & rows.training, held, strength, meaning)
     if (~rows.training).any():
-        found[~rows.training] = _predict(rows, rows.training, ~rows.training, strength)
+        found[~rows.training] = _predict(rows, rows.training, ~rows.training, strength, meaning)
     return found
 
 
@@ -216,8 +220,8 @@ class StoredVectors:
 
 
 def terms(text: str) -> list[str]:
-    """Words, numbers, marks of excitement, and pairs of neighbours."""
-    words = re.findall(r"[a-z']+|[!?]|\d+", text.lower().replace("’", "'"))
+    """Beginnings of words, numbers, marks of excitement, and pairs of neighbours."""
+    words = [w[:STEM] for w in re.findall(r"[a-z']+|[!?]|\d+", text.lower().replace("’", "'"))]
     return words + [f"{a} {b}" for a, b in pairwise(words)]
 
 
@@ -232,6 +236,6 @@ def file_key(*paths: Path, **more: object) -> str:
     return json.dumps([contents, sorted((name, str(value)) for name, value in more.items())])
 
 
-def _predict(rows: Examples, seen: Array, held: Array, strength: float) -> Array:
+def _predict(rows: Examples, seen: Array, held: Array, strength: float, meaning: float) -> Array:
     part = rows.part(held)
-    return Head(strength).fit(rows.part(seen)).probability(part.texts, part.vectors, part.extra)
+    return Head(strength, meaning).fit(rows.part(seen)).probability(part.texts, part.vectors, part.extra)

@@ -118,7 +118,8 @@ ALARMS: dict[str, str] = {
     r"|paracetamol"
     r"|ibuprofen|capsules?|medicine|bleach|berries|batter(y|ies)|magnets?|nicotine|painkillers|aspirin)\b"
     r"|\bpills?\b.{0,30}\bopen",
-    "suicide": r"\b(kill (my|him|her)self|suicid\w*|end (it|my life|things)|end it all|be here (tomorrow|in the morning"
+    "suicide": r"\b(kill(ing)? (my|him|her|your)self|ending (my|his|her|their|your|it) ?(all|life)?|thoughts? of (ending|dying"
+    r"|killing)|suicid\w*|end (it|my life|things)|end it all|be here (tomorrow|in the morning"
     r"|much longer)"
     r"|(i'?ve |i have )?(written|wrote) (the |a |my )?(letters?|notes?)|(don'?t|do not) want to (be here|live|wake up|go on)"
     r"|want to (die"
@@ -173,6 +174,24 @@ ALARMS: dict[str, str] = {
     r"|voice|blow my nose"
     r"|whole|white|leathery|baby|arm|chest)",
     "testicle": r"\b(testicles?|balls?|scrotum)\b.{0,60}\b(pain\w*|agony|swollen|sudden\w*|hurts?|kicked)",
+    "eye in danger": r"\b(painful|sore|red|angry|throbbing)( red)? eye\b|\beye\b.{0,30}\b(agony|hurts? like|stab\w*|throb\w*"
+    r"|burst\w*)"
+    r"|\b(swell\w*|swollen|redness|puffy|red)\b.{0,20}\b(round|around|behind) (the|his|her|my|one) (eye|ear)",
+    "sudden deafness": r"\b(suddenly|overnight|woke up)\b.{0,40}\b(deaf|can'?t hear|hearing (has )?gone)|lost (my|his|her"
+    r"|all) hearing",
+    "yellow": r"\b(yellow|jaundic\w*)\b.{0,20}\b(skin|eyes?|face)|\b(skin|eyes?)\b.{0,25}\byellow|gone yellow",
+    "bite or wound": r"\b(snake|adder|viper)\b|\b(stab\w*|impaled|knife|nail|glass|stick)\b.{0,30}\b(in|into|through"
+    r"|stuck)\b.{0,20}"
+    r"\b(neck|chest|belly|leg|foot|hand|eye)|\b(bitten|cut|torn|hanging) off\b|\bbone\b.{0,15}\b(poking|pokes|sticking"
+    r"|through)",
+    "skin coming off": r"\bskin\b.{0,30}\b(peel\w*|coming off|sheets|blister\w*|raw)|\b(sores|blisters"
+    r"|ulcers)\b.{0,25}\b(mouth|eyes?|lips)",
+    "out of touch": r"\b(hear(s|ing) voices|seeing (people|things) (who|that)|plotting|being (watched|followed)|lost touch)\b",
+    "in danger": r"\b(going to (kill|hurt) (me|us)|threaten\w* (me|us|to)|scared (he|she)'?ll|attacked me|not safe (here"
+    r"|at home))\b",
+    "too much medicine": r"\b(more than (it|the (packet|box|label|bottle)) says|double(d)? (the |my |his |her )?dose"
+    r"|wrong (pills?|tablets?|dose)"
+    r"|someone else'?s (pills?|tablets?|medicine))\b",
 }
 
 #: reassurance or tone -> spellings. These take an alarm back, or tell a fright from an emergency.

@@ -26,7 +26,8 @@ from shared.metrics import Estimate, estimate_mean
 
 SENSITIVITY = 0.99  # on rows no fit had seen; the threshold of the averaged heads follows from it
 QUESTION_STEP = 2  # every so many-th of `question_sample` stands for the harmless messages
-QUESTION_WEIGHT, SIGN_WEIGHT = 0.4, 0.15  # beside 1 for a message: questions are many, signs are no messages
+QUESTION_WEIGHT = 0.4  # beside 1 for a message: questions are many
+STRENGTH, MEANING = 10.0, 0.5  # by cross-validation; here it matters more how something is said than what it is about
 MIN_SIGN_COSINE = 0.3  # below this no sign of the library is about the same thing, and none is cited
 
 
@@ -68,8 +69,8 @@ class TriageNurse:
 
         folder = settings.artifacts / "heads"
         # The first head carries the threshold of the average; the second is only averaged in.
-        self.flags = fitted("triage", key, lambda: rows(True), lambda p, y: choose(p, y, rows(False)), folder)
-        self.words = fitted("triage-words", key, lambda: rows(False), lambda p, y: 0.5, folder)
+        self.flags = fitted("triage", key, lambda: rows(True), lambda p, y: choose(p, y, rows(False)), folder, STRENGTH, MEANING)
+        self.words = fitted("triage-words", key, lambda: rows(False), lambda p, y: 0.5, folder, STRENGTH, MEANING)
         self._rows = None
         self.signs = list(signs)
         self.sign_vectors = embed([s.text for s in signs])
@@ -105,7 +106,7 @@ class TriageNurse:
 
 def choose(probabilities: Array, labels: Array, words: Examples) -> float:
     """The threshold of the averaged heads: the wanted sensitivity on messages no fit had seen."""
-    both = (probabilities + unseen(words)) / 2
+    both = (probabilities + unseen(words, STRENGTH, MEANING)) / 2
     messages = words.weights == 1.0
     return at_sensitivity(SENSITIVITY)(both[messages], labels[messages])
 
@@ -113,20 +114,18 @@ def choose(probabilities: Array, labels: Array, words: Examples) -> float:
 def examples(settings: AiSettings, embed: Embed) -> Examples:
     """Messages of training and validation; training leaflets' signs; questions that are not about an emergency."""
     messages = [r for r in lib.read_rows(settings.datasets, "emergencies.jsonl", lib.Emergency)[0] if r.split != "test"]
-    library = lib.load_library(settings.datasets)
-    signs = [(leaf, s.text) for leaf in library if leaf.split == "train" for s in leaf.sentences("emergency")]
     # A question whose answer is an emergency sign may well be one: it is no example of a harmless message.
     sample = [q for q in question_sample(settings) if not any("/emergency/" in s for s in q.answer_sentences)]
     harmless = sample[::QUESTION_STEP]
-    texts = [m.message for m in messages] + [q.question for q in harmless] + [text for _, text in signs]
+    texts = [m.message for m in messages] + [q.question for q in harmless]
     return Examples(
         texts=texts,
         vectors=embed(texts),
         extra=np.array([red_flags.features(t) for t in texts]),
-        labels=np.array([float(m.emergency) for m in messages] + [0.0] * len(harmless) + [1.0] * len(signs)),
-        groups=[family(r.id) for r in [*messages, *harmless]] + [leaf.family for leaf, _ in signs],
-        training=np.array([r.split == "train" for r in [*messages, *harmless]] + [True] * len(signs)),
-        weights=np.array([1.0] * len(messages) + [QUESTION_WEIGHT] * len(harmless) + [SIGN_WEIGHT] * len(signs)),
+        labels=np.array([float(m.emergency) for m in messages] + [0.0] * len(harmless)),
+        groups=[family(r.id) for r in [*messages, *harmless]],
+        training=np.array([r.split == "train" for r in [*messages, *harmless]]),
+        weights=np.array([1.0] * len(messages) + [QUESTION_WEIGHT] * len(harmless)),
     )
 
 
