@@ -57,9 +57,8 @@ class AnswerCache:
     def get(self, question: str, vector: Array) -> Turn | None:
         """The answer to this question or to one that means the same; None when there is none."""
         with self._lock:
-            key = self._key(question)
-            if key not in self._meanings:
-                key = self._similar(question, vector)
+            exact = self._key(question)
+            key = exact if exact in self._meanings else self._similar(question, vector)
             row = self._db.execute("SELECT turn FROM answers WHERE key = ?", (key,)).fetchone() if key else None
             if row is None:
                 return None
@@ -103,7 +102,7 @@ class AnswerCache:
         cosines = np.stack([self._vectors[key] for key in keys]) @ vector
         for i in np.argsort(-cosines)[:3]:
             if cosines[i] >= self.threshold and meaning(question) == self._meanings[keys[i]]:
-                return keys[i]
+                return str(keys[i])
         return None
 
     def _key(self, question: str) -> str:

@@ -39,7 +39,9 @@ class Decider:
         data = settings.datasets
         key = file_key(data / "cases.jsonl", data / "questions.jsonl", index=evidence.index.version, version=1)
         folder = settings.artifacts / "heads"
-        self.ask_head = fitted("ask", key, lambda: ask_examples(settings, evidence, embed), at_specificity(CLEAR), folder)
+        self.ask_head = fitted(
+            "ask", key, lambda: ask_examples(settings, evidence, embed), at_specificity(CLEAR), folder, 10.0, 1.5
+        )
         self.refuse_head = fitted(
             "refuse", key, lambda: refuse_examples(settings, evidence, embed), at_specificity(ANSWERED), folder
         )

@@ -70,7 +70,8 @@ ALARMS: dict[str, str] = {
     r"|unable to)( even)? "
     r"(swallow|open (my|his|her) mouth)|mouth is full|finger'?s width)\b",
     "heavy bleeding": r"\b(blood|bleed\w*|it'?s|period|cut|nose)\b.{0,50}\b(won'?t (stop|quit)|pour\w*|gush\w*|soak\w*|spurt\w*"
-    r"|pump\w*|flood\w*|jelly|clots?|keeps coming|not stopping|solid red|fountain)|(third|fourth|two|three|four"
+    r"|pump\w*|flood\w*|jelly|clots?|keeps coming|not stopping|solid red|fountain|still (pour|bleed|drip|gush|com)\w*)|(third"
+    r"|fourth|two|three|four"
     r"|another) (towels?"
     r"|pads?)\b|soaked (two|three|four|through)|through (a|two|three) pads?",
     "blood from inside": r"\b(sick|vomit\w*|thr(ew|ow)\w* up|brought up|bringing up|cough\w* (it )?up|spat"
@@ -192,6 +193,8 @@ ALARMS: dict[str, str] = {
     "too much medicine": r"\b(more than (it|the (packet|box|label|bottle)) says|double(d)? (the |my |his |her )?dose"
     r"|wrong (pills?|tablets?|dose)"
     r"|someone else'?s (pills?|tablets?|medicine))\b",
+    "goes on": r"\b(ten|fifteen|twenty|thirty|[1-9]\d) min(ute)?s?\b|\bquarter of an hour|\bhalf an hour|\b(an|two"
+    r"|three) hours?\b",
 }
 
 #: reassurance or tone -> spellings. These take an alarm back, or tell a fright from an emergency.
@@ -275,6 +278,7 @@ FLOOR: dict[str, tuple[tuple[str, ...], ...]] = {
     "harm to a child": (("harm to a child",),),
     "throat closing": (("swelling throat",), ("allergy", "hard breathing", "not breathing")),
     "bleeding that does not stop": (("heavy bleeding",), ("collapse", "sweat or grey", "cannot stand", "blood from inside")),
+    "bleeding that goes on": (("heavy bleeding",), ("goes on",)),
     "signs of meningitis": (("stiff neck or light", "rash that stays"), ("high fever", "confused", "will not wake")),
     "fever in a young baby": (("young baby",), ("high fever",)),
     "fit that does not stop": (("fit",), ("will not wake", "not breathing", "blue or blotchy")),

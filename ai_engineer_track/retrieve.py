@@ -36,8 +36,12 @@ MODES: tuple[Mode, ...] = ("dense", "bm25", "fused", "reranked")
 #: The embedding model reads about 190 words and silently ignores the rest. Messages up to here are searched as they are:
 #: on training and validation questions of 40 to 140 words every way of shortening them found less than the whole did.
 LONG_WORDS = 150
-#: what a longer message is cut down to
-CORE_WORDS = 120
+#: What a longer message is cut down to: at most so many words, of sentences at most so much less near than the nearest.
+#: Chosen on validation questions hidden in 400 words of backstory: leaflet recall@5 0.83, against 0.02 for the whole message
+#: (which is cut off where the embedding model stops reading) and 0.97 for the question alone.
+CORE_WORDS = 60
+CORE_MARGIN = 0.1
+QUESTION_BONUS = 0.1
 #: sentences of an enormous message that are looked at, from its beginning and from its end
 MAX_SENTENCES = 40
 PLEASANTRY = re.compile(
@@ -148,12 +152,14 @@ class Retriever:
             return " ".join(kept)
         if len(kept) > 2 * MAX_SENTENCES:
             kept = kept[:MAX_SENTENCES] + kept[-MAX_SENTENCES:]
-        nearness = (self.index.embed(kept) @ self.index.vectors.T).max(axis=1)
-        order = sorted(range(len(kept)), key=lambda i: -(nearness[i] + 0.1 * kept[i].endswith("?")))
-        core: list[int] = []
-        for i in order:
-            if not core or sum(len(kept[j].split()) for j in [*core, i]) <= CORE_WORDS:
-                core.append(i)
+        asks = np.array([s.endswith("?") for s in kept])
+        nearness = (self.index.embed(kept) @ self.index.vectors.T).max(axis=1) + QUESTION_BONUS * asks
+        order = np.argsort(-nearness, kind="stable")
+        core = [int(order[0])]
+        for i in order[1:]:
+            near = nearness[i] >= nearness[order[0]] - CORE_MARGIN
+            if near and sum(len(kept[j].split()) for j in [*core, i]) <= CORE_WORDS:
+                core.append(int(i))
         return " ".join(kept[i] for i in sorted(core))
 
     def _worded(self, query: str, n: int, allowed: set[str] | None) -> dict[str, float]:

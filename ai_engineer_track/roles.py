@@ -39,6 +39,7 @@ EMERGENCY = "This sounds like an emergency. Call the emergency number now, or go
 WITHHELD = "I found something, but it did not pass the check, so I don't show it. Please see the leaflets below."
 NEAREST = 3  # leaflets named when nothing answers
 COVERED = 0.55  # cosine of a document above which a message needs no context to be understood
+REPLY_EMERGENCY, SHORT_REPLY = 0.5, 6  # probability from which, and words beyond which, a reply is an emergency by the heads
 SURE = 0.5  # share of its threshold below which a refusal is out of the question
 
 
@@ -75,10 +76,9 @@ class Roles:
             work.output = (
                 "; ".join(f"{voter}: {said}" for voter, said in vote.votes().items()) + f"; harm: {harm.probability:.2f}"
             )
-            # A reply of a few words ("yes, sweating") is judged with what it replies to; the heads know whole messages.
-            emergency = (
-                vote.emergency if not replying else vote.rule is not None or (vote.emergency and len(message.text.split()) > 6)
-            )
+            # The heads know whole messages: of a reply ("yes, sweating") they have to be surer.
+            surer = vote.probability >= REPLY_EMERGENCY and len(message.text.split()) > SHORT_REPLY
+            emergency = vote.rule is not None or (surer if replying else vote.emergency)
             reading: dict[str, Any] = {"sign": vote.sign, "why": "", "reason": vote.rule or ", ".join(vote.alarms)}
             if emergency:
                 return {"next": "escalate", "reading": reading}

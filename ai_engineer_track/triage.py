@@ -27,7 +27,8 @@ from shared.metrics import Estimate, estimate_mean
 SENSITIVITY = 0.99  # on rows no fit had seen; the threshold of the averaged heads follows from it
 QUESTION_STEP = 2  # every so many-th of `question_sample` stands for the harmless messages
 QUESTION_WEIGHT = 0.4  # beside 1 for a message: questions are many
-STRENGTH, MEANING = 10.0, 0.5  # by cross-validation; here it matters more how something is said than what it is about
+OPENING_WEIGHT = 0.15  # vague openings teach that telling of a complaint is no emergency; a few of them may well be one
+STRENGTH, MEANING = 3.0, 0.5  # by cross-validation; here it matters more how something is said than what it is about
 MIN_SIGN_COSINE = 0.3  # below this no sign of the library is about the same thing, and none is cited
 
 
@@ -58,7 +59,7 @@ class TriageNurse:
 
     def __init__(self, settings: AiSettings, embed: Embed, signs: Sequence[chat.Source]) -> None:
         key = file_key(
-            settings.datasets / "emergencies.jsonl", settings.datasets / "questions.jsonl",
+            settings.datasets / "emergencies.jsonl", settings.datasets / "questions.jsonl", settings.datasets / "cases.jsonl",
             flags=red_flags.ALARMS, tones=red_flags.REASSURANCES, version=1,
         )  # fmt: skip
         self._rows: Examples | None = None
@@ -117,15 +118,17 @@ def examples(settings: AiSettings, embed: Embed) -> Examples:
     # A question whose answer is an emergency sign may well be one: it is no example of a harmless message.
     sample = [q for q in question_sample(settings) if not any("/emergency/" in s for s in q.answer_sentences)]
     harmless = sample[::QUESTION_STEP]
-    texts = [m.message for m in messages] + [q.question for q in harmless]
+    openings = [c for c in lib.read_rows(settings.datasets, "cases.jsonl", lib.Case)[0] if c.split != "test"]
+    rows: list[Any] = [*messages, *harmless, *openings]
+    texts = [text_of(r) for r in rows]
     return Examples(
         texts=texts,
         vectors=embed(texts),
         extra=np.array([red_flags.features(t) for t in texts]),
-        labels=np.array([float(m.emergency) for m in messages] + [0.0] * len(harmless)),
-        groups=[family(r.id) for r in [*messages, *harmless]],
-        training=np.array([r.split == "train" for r in [*messages, *harmless]]),
-        weights=np.array([1.0] * len(messages) + [QUESTION_WEIGHT] * len(harmless)),
+        labels=np.array([float(m.emergency) for m in messages] + [0.0] * (len(harmless) + len(openings))),
+        groups=[family(r.id) for r in rows],
+        training=np.array([r.split == "train" for r in rows]),
+        weights=np.array([1.0] * len(messages) + [QUESTION_WEIGHT] * len(harmless) + [OPENING_WEIGHT] * len(openings)),
     )
 
 

@@ -24,6 +24,7 @@ from ml_engineer_track.serving.metrics import Meters
 from ml_engineer_track.serving.protocol import ApiError, ChatRequest, CompletionRequest
 from ml_engineer_track.serving.text import TextStream
 
+LEAST = 1e-4  # smaller temperatures and top_p are zero to an engine's arithmetic: greedy, and the likeliest token
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for plain completions
 
 
@@ -138,6 +139,7 @@ def _begin(
     # A seeded request with several choices must not get the same choice several times.
     seeds = random.Random(request.seed)
     streams: list[Stream] = []
+    warmth = 1.0 if request.temperature is None else request.temperature
     try:
         for prompt in prompts:
             most = served.context - len(prompt)
@@ -153,8 +155,8 @@ def _begin(
                 generation = Generation(
                     prompt=prompt,
                     max_tokens=limit or most,
-                    temperature=1.0 if request.temperature is None else request.temperature,
-                    top_p=request.top_p or 1.0,
+                    temperature=0.0 if warmth < LEAST else warmth,
+                    top_p=max(1.0 if request.top_p is None else request.top_p, LEAST),
                     seed=None if request.seed is None else abs(request.seed) if number == 0 else seeds.getrandbits(31),
                     constraint=held_to,
                     logprobs=logprobs,
@@ -255,5 +257,5 @@ class Answer:
         }
 
     def one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.run.served.tokenizer.decode([token])
+        text = str(self.run.served.tokenizer.decode([token]))
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}

@@ -95,7 +95,8 @@ def _constraint(kind: str, text: str) -> Constraint:
     from ml_engineer_track.serving.grammar_json import any_object, schema_rules
     from ml_engineer_track.serving.grammar_text import parse_grammar, parse_regex
 
-    value, choices = json.loads(text), ()
+    value = json.loads(text)
+    choices: tuple[str, ...] = ()
     try:
         if kind == "choice":
             if not isinstance(value, list) or not value or not all(isinstance(c, str) and c for c in value):

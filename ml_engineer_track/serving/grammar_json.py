@@ -93,11 +93,11 @@ class _Compiler:
         if kind not in KEYWORDS:
             raise GrammarError(f"unknown type {json.dumps(kind)}")
         self.refuse(keys - {"type"} - KEYWORDS[kind], f"of type {kind}")
-        build = {"object": self.object, "array": self.array, "string": self.string, "integer": self.integer,
-                 "number": self.number}.get(kind)  # fmt: skip
-        if build is None:
+        if kind in ("boolean", "null"):
             return Either((Text("true"), Text("false"))) if kind == "boolean" else Text("null")
-        return build(schema)
+        of_kind = {"object": self.object, "array": self.array, "string": self.string, "integer": self.integer,
+                   "number": self.number}  # fmt: skip
+        return of_kind[kind](schema)
 
     @staticmethod
     def refuse(keys: set[str], where: str) -> None:
@@ -231,7 +231,7 @@ def _count(schema: Mapping[str, Any], key: str, default: int | None) -> int | No
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_REPEAT:
         raise GrammarError(f"JSON schema: {key} must be a whole number from 0 to {MAX_REPEAT}")
-    return value
+    return int(value)
 
 
 def _bound(schema: Mapping[str, Any], key: str, exclusive: str, step: int) -> int | None:

@@ -260,7 +260,7 @@ class OpenVinoEngine(Engine):
         words = np.zeros((self.config.vocab_size + 31) // 32, dtype=np.int32)
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         ids = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
-        texts = [self.tokenizer.decode([i]) for i in ids if i not in self.stops]
+        texts = [str(self.tokenizer.decode([i])) for i in ids if i not in self.stops]
         return texts, any(i in self.stops for i in ids)
 
     # --- log probabilities of choices ---
@@ -324,7 +324,7 @@ def draw(scoring: Scoring, generation: Generation) -> list[Token]:
 @lru_cache(maxsize=4)
 def compiler(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Any:
     """llguidance's view of a tokenizer; building one takes up to a second, so it is kept."""
-    return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
+    return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)  # type: ignore[arg-type]
 
 
 def check_lark(lark: str, tokenizer: Any) -> None:

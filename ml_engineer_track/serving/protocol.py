@@ -149,7 +149,12 @@ class ChatRequest(_Sampled):
 
 
 class CompletionRequest(_Sampled):
-    prompt: str | Annotated[list[int], Field(min_length=1)] | list[str] | list[Annotated[list[int], Field(min_length=1)]]
+    prompt: (
+        str
+        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1)]
+        | list[Annotated[list[int], Field(min_length=1)]]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -158,8 +163,8 @@ class CompletionRequest(_Sampled):
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
-        whole = not self.prompt or isinstance(self.prompt[0], int)
-        return [self.prompt] if whole else list(self.prompt)  # type: ignore[list-item]
+        whole = bool(self.prompt) and isinstance(self.prompt[0], int)
+        return [self.prompt] if whole else list(self.prompt)  # type: ignore[list-item,arg-type]
 
 
 class EmbeddingRequest(_Strict):

@@ -20,6 +20,7 @@ from shared.library import load_library
         ("he has a high fever and a stiff neck", "signs of meningitis"),
         ("our six week old has a temperature of 38.5", "fever in a young baby"),
         ("she ate a peanut and her tongue is swelling and she's wheezing", "throat closing"),
+        ("I've pressed on the nosebleed for twenty minutes and it's still pouring", "bleeding that goes on"),
         ("she's been fitting for ten minutes", "fit that does not stop"),
     ],
 )
