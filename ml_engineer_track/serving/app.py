@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -64,7 +64,7 @@ class State:
         return served
 
 
-def create_app(state: State, load: Callable[[State], Awaitable[None]]) -> FastAPI:
+def create_app(state: State, load: Callable[[State], Coroutine[Any, Any, None]]) -> FastAPI:
     """The API over `state`; `load` fills it while the server already answers /health."""
 
     @asynccontextmanager

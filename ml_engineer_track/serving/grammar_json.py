@@ -226,9 +226,9 @@ def _separated(items: Sequence[Node]) -> list[Node]:
 
 
 def _count(schema: Mapping[str, Any], key: str, default: int | None) -> int | None:
-    value = schema.get(key, default)
-    if value is default:
+    if key not in schema:
         return default
+    value = schema[key]
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_REPEAT:
         raise GrammarError(f"JSON schema: {key} must be a whole number from 0 to {MAX_REPEAT}")
     return int(value)

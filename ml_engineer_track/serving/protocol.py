@@ -148,13 +148,11 @@ class ChatRequest(_Sampled):
         return self
 
 
+TokenIds = Annotated[list[int], Field(min_length=1)]
+
+
 class CompletionRequest(_Sampled):
-    prompt: (
-        str
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
-        | list[Annotated[list[int], Field(min_length=1)]]
-    )
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -163,7 +161,7 @@ class CompletionRequest(_Sampled):
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
-        whole = bool(self.prompt) and isinstance(self.prompt[0], int)
+        whole = isinstance(self.prompt[0], int)
         return [self.prompt] if whole else list(self.prompt)  # type: ignore[list-item,arg-type]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +80,9 @@ class TransformersEngine(Engine):
             page_size=PAGE, num_blocks=self.blocks, max_batch_tokens=MAX_BATCH_TOKENS, max_requests_per_batch=self.max_running,
             per_request_processors=True, use_async_batching=False, use_cuda_graph=False,
         )  # fmt: skip
+        model: Any = self.model
         greedy = GenerationConfig(do_sample=False, eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id)
-        self.manager = self.model.init_continuous_batching(generation_config=greedy, continuous_batching_config=sizes)
+        self.manager = model.init_continuous_batching(generation_config=greedy, continuous_batching_config=sizes)
         chooser = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([Chooser(self.rows, self.stops)]))
         chooser.tensors_required = 1
         self.manager.logit_processor = chooser
