@@ -156,7 +156,7 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8001,
     cache_mb: Annotated[int, typer.Option(min=1, help="key-value cache of each model, MiB")] = 512,
-    max_running: Annotated[int, typer.Option(min=1, help="requests in a batch; the rest waits")] = 128,
+    max_running: Annotated[int, typer.Option(min=1, help="requests in a batch; the rest waits")] = 64,
     max_waiting: Annotated[int, typer.Option(min=0, help="requests in the queue; the rest gets 429")] = 512,
 ) -> None:
     """Serve a model over OpenAI's HTTP API."""
