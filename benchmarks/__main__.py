@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
+from shared.commandline import STOPPED, run_app
 from shared.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-STOPPED = 130
 Model = Annotated[str, typer.Option(help="model folder or hub id (default: every published variant, else the bundled model)")]
 
 
@@ -142,6 +142,20 @@ def use_device(device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@app.command()
+def readme(
+    log: Annotated[Path | None, typer.Option(help="what `make demo` printed: take this run over first")] = None,
+    reports: Annotated[Path, typer.Option(help="folder of its reports")] = Path("artifacts/reports"),
+) -> None:
+    """Fill README.md from the committed run of `make demo`."""
+    from benchmarks import readme as r
+
+    if log:
+        r.take_over(reports, log)
+    r.write()
+    print(f"README.md: {', '.join(r.blocks())}")
+
+
 def _words(text: str) -> list[str]:
     return [word for word in text.replace(",", " ").split() if word]
 
@@ -151,24 +165,10 @@ def stop(number: int, frame: object) -> None:
 
 
 def main() -> int:
-    """Run a command; a user's mistake becomes one line and exit status 2."""
+    """Run a command; see `run_app` for how it ends."""
     # A run that is ended (by a CI's time limit, say) keeps its records and stops its servers, as with Ctrl-C.
     signal.signal(signal.SIGTERM, stop)
-    try:
-        return int(app(standalone_mode=False) or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return STOPPED
-    except typer.Exit as leaving:
-        return leaving.exit_code
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("click", "typer"):
-            raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        print(f"error: {message}", file=sys.stderr)
-    return 2
+    return run_app(app)
 
 
 if __name__ == "__main__":

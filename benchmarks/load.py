@@ -47,10 +47,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: its text, and how many tokens the reply must have."""
+    """One request: its text, and how many tokens the reply must have. `extra` is added to its body."""
 
     prompt: str
     output_tokens: int
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,6 +150,7 @@ async def ask(session: aiohttp.ClientSession, target: Target, request: Ask) -> A
         "stream": True,
         "stream_options": {"include_usage": True},
         **target.extra,
+        **request.extra,
     }
     answer = Answer()
     start = time.perf_counter()

@@ -14,6 +14,7 @@ JSON line. The project's own side of each comparison runs in the same session, b
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from shared.errors import UserError
 from shared.settings import ROOT
 
 NAME = "peers"
-HOME = ROOT / "artifacts" / "peers"
+HOME = results.PEERS
 #: Seconds of load a server gets, and seconds a library's program may take.
 SERVER_SECONDS, PROGRAM_SECONDS = 120.0, 1200
 BATCH = 8
@@ -109,16 +110,25 @@ def llama_cpp(python: Path, model: str) -> Iterator[Record]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(load_model(model), load_tokenizer(model), path, "q8_0")
-        command = [str(python), "-m", "llama_cpp.server", "--model", str(path), "--port", "{port}", "--n_ctx", "2048"]
-        yield from of_server("llama.cpp (llama-cpp-python), Q8_0", command, "model")
+        yield from of_server("llama.cpp (llama-cpp-python), Q8_0", llama_cpp_command(python, path), "model")
+
+
+def llama_cpp_command(python: Path, gguf: Path) -> list[str]:
+    # Left to its defaults it decodes on half of the cores.
+    threads = str(os.cpu_count() or 1)
+    command = [str(python), "-m", "llama_cpp.server", "--model", str(gguf), "--port", "{port}", "--n_ctx", "2048"]
+    return [*command, "--n_threads", threads, "--n_threads_batch", threads]
 
 
 def transformers_serve(python: Path, model: str) -> Iterator[Record]:
     """`transformers serve` with continuous batching, from this project's own environment."""
+    yield from of_server("transformers serve, continuous batching", transformers_command(python, model), model)
+
+
+def transformers_command(python: Path, model: str) -> list[str]:
     command = [str(python.parent / "transformers"), "serve", model, "--continuous-batching", "--port", "{port}"]
     # Left to its defaults it reserves many gigabytes for the cache.
-    command += ["--cb-block-size", "32", "--cb-num-blocks", "1024", "--cb-max-batch-tokens", "2048"]
-    yield from of_server("transformers serve, continuous batching", command, model)
+    return [*command, "--cb-block-size", "32", "--cb-num-blocks", "1024", "--cb-max-batch-tokens", "2048"]
 
 
 def ours(python: Path, model: str) -> Iterator[Record]:

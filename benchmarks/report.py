@@ -47,6 +47,7 @@ def page(result: Result, before: Result | None = None, training: dict[str, Any] 
         "Serving: closed loop": sections.closed(result),
         "Serving: Poisson arrivals": sections.opened(result),
         "Serving: reused prefix": sections.prefix(result),
+        "Engines side by side": sections.engines(result),
         "Fine-tuning": sections.finetuning(result),
         "Loss curves": sections.losses(training),
         "Retrieval": sections.retrieval(result),
@@ -132,7 +133,8 @@ MAIN = (
     "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "output_throughput", "request_goodput", "decode_throughput", "decode_mbu",
     "tokens_per_second", "mfu", "max_ram", "max_allocated", "ingest_throughput", "embed_throughput", "median_query_ms",
     "p99_query_ms", "recall_at_10", "grounded/evidence_f1", "grounded/decision_accuracy", "joules_per_token", "last_to_first",
-    "median_load_ms", "reused_to_cold", "memory_bandwidth", "matmul_peak",
+    "median_load_ms", "reused_to_cold", "memory_bandwidth", "matmul_peak", "times_one_at_a_time", "grammar_cost", "same_replies",
+    "value", "bound", "met",
 )  # fmt: skip
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from datetime import UTC, datetime
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,9 @@ SCHEMA_VERSION: Literal[1] = 1
 BUSY = 0.3
 RUNS = ROOT / "artifacts" / "benchmarks"
 PUBLISHED = ROOT / "benchmarks" / "results"
+PEERS = ROOT / "artifacts" / "peers"
+#: engines whose versions decide about serving figures; peers have environments of their own
+ENGINES = ("openvino-genai", "openvino", "llama-cpp-python")
 
 
 class _Strict(BaseModel):
@@ -119,7 +124,9 @@ def stored() -> list[Path]:
 
 def environment() -> dict[str, Any]:
     """`shared.hardware.fingerprint` with what decides whether a run can be repeated: commit, power, load before the start."""
-    return fingerprint() | {
+    machine = fingerprint()
+    return machine | {
+        "libraries": machine["libraries"] | {name: _version(name) for name in ENGINES},
         "build_commit": _git("rev-parse", "--short", "HEAD"),
         "build_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "gpu_driver": _gpu_driver(),
@@ -165,6 +172,12 @@ def last_level_cache() -> int | None:
     sizes = [_first_line(p) for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 2**10, "M": 2**20}
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s and s[-1] in units), default=None)
+
+
+def _version(package: str) -> str | None:
+    """Of this environment, else of a peer's."""
+    places = [*sys.path, *map(str, PEERS.glob("*/lib/python*/site-packages"))]
+    return next((found.version for found in distributions(name=package, path=places)), None)
 
 
 def _power_source() -> str | None:

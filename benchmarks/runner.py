@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import energy, latency, limits, quality, results, retrieval, serving, sustained, training
+from benchmarks import energy, engines, latency, limits, quality, results, retrieval, serving, sustained, training
 from benchmarks.budget import Task, plan, share
 from benchmarks.limits import Limits
 from benchmarks.results import BUSY, Record, Result
@@ -40,6 +40,7 @@ SUITES: dict[str, Entry] = {
     "quality": Entry(quality.measure, 1, 0.05),
     "energy": Entry(energy.measure, 10, 1),
     "sustained": Entry(sustained.measure, 60, 2),
+    "engines": Entry(engines.measure, 120, 5),
 }
 #: Seconds for a suite when no budget is given.
 UNLIMITED = 1800.0
@@ -142,6 +143,7 @@ def warn_if_busy(environment: dict[str, object]) -> None:
 
 #: what the line printed for a record shows, first found first
 SHOWN = (
+    "value", "met", "times_one_at_a_time", "grammar_cost", "same_replies",
     "median_ttft_ms", "median_tpot_ms", "output_throughput", "request_goodput", "decode_throughput", "tokens_per_second",
     "mfu", "ingest_throughput", "embed_throughput", "median_query_ms", "recall_at_10", "grounded/evidence_f1",
     "joules_per_token", "last_to_first", "max_ram", "median_load_ms", "memory_bandwidth", "matmul_peak", "reused_to_cold",

@@ -124,6 +124,38 @@ def prefix(result: Result) -> str:
     return _table(runs, columns) if runs else ""
 
 
+def engines(result: Result) -> str:
+    """Every side of the engine comparison in one table, and what was to be reached: met, missed, or not measured."""
+    goals = _where(result, "engines", what="goal")
+    sides = [r for r in result.of("engines") if r not in goals]
+    columns: list[Column] = [
+        SIDE, ("case", engine_case), _metric("output tokens/s", "output_throughput"),
+        _metric("times one at a time", "times_one_at_a_time"),
+        (f"ttft {P3}", lambda r: times(r, "ttft_reused") if r.case["what"] == "prefix" else times(r, "ttft")), TPOT,
+        _metric("time per token, with / without grammar", "grammar_cost"),
+        ("tokens the grammar forced", lambda r: percent(r.metrics.get("forced_share"))),
+        ("max_ram, MB", lambda r: megabytes(r.metrics.get("max_ram"))),
+        _metric("tokens written", "total_output_tokens"), _metric("rounds", "rounds"), *ANSWERED, ("note", lambda r: r.note),
+    ]  # fmt: skip
+    verdicts: list[Column] = [
+        ("model", lambda r: r.model), ("goal", lambda r: str(r.case["goal"])),
+        ("bound", lambda r: f"at {r.case['at']} {number(r.metrics['bound'])}"), _metric("measured", "value"),
+        ("lowest and highest round", lambda r: SLASH.join(number(r.metrics[f"{end}_round"]) for end in ("lowest", "highest"))),
+        ("", lambda r: {None: "not measured", 1.0: "met"}.get(r.metrics["met"], "missed")),
+    ]  # fmt: skip
+    told = paragraph(
+        "Sides of a comparison took turns on the same machine with the same chats. The ttft of a prefix is the reused one."
+    )
+    return told + _table(sides, columns) + (_table(goals, verdicts) if goals else "") if sides else ""
+
+
+def engine_case(record: Record) -> str:
+    case = record.case
+    many = f", {case['max_concurrency']} at once" if "max_concurrency" in case else ""
+    lengths = f", {case['prompt_tokens']} + {case['new_tokens']} tokens" if "prompt_tokens" in case else ""
+    return f"{case.get('grammar', case['what'])}{many}{lengths}"
+
+
 def finetuning(result: Result) -> str:
     runs = [r.model_copy(update={"model": f"{r.model}, {r.case['method']}"}) for r in _where(result, "training", what="steps")]
     memory = {(f"{r.model}, {r.case['method']}", r.case["batch"]): r.metrics for r in _where(result, "training", what="memory")}
