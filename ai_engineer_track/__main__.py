@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import signal
 import sys
 from typing import Annotated
@@ -11,9 +10,8 @@ from typing import Annotated
 import typer
 
 from ai_engineer_track.settings import load_ai_settings
-from shared.errors import UserError
+from shared.commandline import run_app
 
-STOPPED = 130  # the shell's status for Ctrl-C
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 Preset = Annotated[str | None, typer.Option(help="tiny or smoke (default: PRESET, else tiny)")]
 
@@ -106,29 +104,9 @@ def calibrate(preset: Preset = None) -> None:
 
 
 def main() -> int:
-    """Run a command; a user's mistake or a full disk becomes one line and exit status 2."""
+    """Run a command; see `run_app` for how it ends."""
     signal.signal(signal.SIGTERM, _ended)
-    try:
-        if app(standalone_mode=False) == STOPPED:  # typer turns Ctrl-C into this
-            raise KeyboardInterrupt
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return STOPPED
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"error: the disk is full while writing {error.filename or ''}. Free some space or set ARTIFACTS", file=sys.stderr)
-    except typer.Exit as leaving:
-        return leaving.exit_code
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("click", "typer"):
-            raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        print(f"error: {message}", file=sys.stderr)
-    return 2
+    return run_app(app)
 
 
 def _ended(number: int, _: object) -> None:

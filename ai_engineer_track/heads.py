@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -146,7 +147,7 @@ def fitted(
     path = folder / f"{name}-{sha256_text(f'{VERSION} {strength} {meaning} {key}')[:16]}.npz"
     try:
         return Head.load(path)
-    except (OSError, ValueError, KeyError):  # not there, or not whole
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile):  # not there, or not whole
         pass
     data = rows()
     head = Head(strength, meaning).fit(data.part(data.training))
@@ -188,35 +189,6 @@ def at_specificity(specificity: float) -> Callable[[Array, Array], float]:
         return float(passed[min(len(passed) - 1, int(specificity * len(passed)))]) if len(passed) else 0.5
 
     return choose
-
-
-class StoredVectors:
-    """Embeddings of texts that are needed at every start, kept in one file. A changed embedding model empties it."""
-
-    def __init__(self, path: Path, embed: Embed) -> None:
-        self.path, self._embed = path, embed
-        probe = embed(["A probe sentence that tells one embedding model from another."])[0]
-        self._known: dict[str, Array] = {}
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                if stored["probe"].shape == probe.shape and np.allclose(stored["probe"], probe, atol=0.02):
-                    self._known = dict(zip(stored["keys"].tolist(), stored["vectors"], strict=True))
-        except (OSError, ValueError, KeyError):
-            pass
-        self._probe = probe
-
-    def __call__(self, texts: Sequence[str]) -> Array:
-        """(n, d) float32. New texts are embedded and stored."""
-        keys = [sha256_text(text)[:24] for text in texts]
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
-        if missing:
-            self._known.update(zip(missing, self._embed(list(missing.values())), strict=True))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(".part.npz")
-            vectors = np.stack(list(self._known.values()))
-            np.savez(part, keys=np.array(list(self._known)), vectors=vectors, probe=self._probe)
-            part.replace(self.path)
-        return np.stack([self._known[key] for key in keys]) if keys else np.zeros((0, len(self._probe)), np.float32)
 
 
 def terms(text: str) -> list[str]:

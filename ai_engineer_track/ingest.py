@@ -15,7 +15,6 @@ becomes visible by one rename, and an index that does not fit the code is refuse
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from ai_engineer_track.documents import read_corpus
 from ai_engineer_track.settings import AiSettings
 from shared.errors import UserError
-from shared.files import need_disk, sha256_file, sha256_text, write_json, write_text
+from shared.files import locked, need_disk, sha256_file, sha256_text, write_json, write_text
 from shared.passages import DIMENSIONS, Passage, embedder, unit_texts
 
 FORMAT = 1
@@ -72,7 +71,7 @@ def ingest(settings: AiSettings) -> IngestReport:
     """Bring the index up to date with the corpus. UserError when there is nothing to index or another ingest is at work."""
     started = time.perf_counter()
     root = settings.artifacts / "index"
-    with _locked(root):
+    with locked(root, "another ingest is at work"):
         passages, skipped = read_corpus(settings.corpus_path)
         if not passages:
             why = f" ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
@@ -279,17 +278,6 @@ def _tidy(root: Path, keep: set[str]) -> None:
     for folder in root.iterdir():
         if folder.is_dir() and folder.name not in keep:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another ingest is at work", str(root), "Wait for it, or set ARTIFACTS") from None
-        yield
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from ai_engineer_track.clarify import measure_clarify
 from ai_engineer_track.decide import measure_decisions
 from ai_engineer_track.harm import measure_harm
-from ai_engineer_track.heads import StoredVectors
 from ai_engineer_track.ingest import open_index
 from ai_engineer_track.judge import calibrate
 from ai_engineer_track.llm import Llm
@@ -26,6 +25,7 @@ from ai_engineer_track.roles import Roles
 from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.triage import measure_triage
 from shared import library as lib
+from shared.passages import StoredVectors
 
 #: test questions that retrieval is measured on in a smoke run; all of them otherwise
 FEW = 40

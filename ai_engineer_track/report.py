@@ -115,6 +115,39 @@ def page(facts: dict[str, Any]) -> str:
     return document(title, parts)
 
 
+def markdown(facts: dict[str, Any]) -> str:
+    """The README's block about the product, from `ai.json`."""
+    suite, retrieval, clarify, hardware = facts["suite"], facts["retrieval"], facts["clarify"], facts["hardware"]
+    modes = [mode for mode in ("dense", "bm25", "fused", "reranked") if mode in retrieval]
+    shown = ("leaflet/recall@1", "leaflet/recall@5", "passage/recall@5", "passage/mrr")
+    after = [Estimate.model_validate(clarify["accuracy"][key]) for key in sorted(clarify["accuracy"], key=int)]
+    lines = [
+        f"{suite['conversations']} conversations over HTTP with `{facts['model']}`, {suite['errors']} errors; every part alone "
+        f"on the whole test split; value [95 % bootstrap interval], seed {facts['seed']}. {hardware['cpu_info']}, "
+        f"{hardware['n_threads']} threads. Wall time: {sum(facts['seconds'].values()) / 60:.1f} minutes.",
+        "",
+        "| goal | measured | reached |",
+        "|---|---|---|",
+        *(f"| {g['claim']} | {g['value']} | {_marked(_yes(g['reached']))} |" for g in facts["goals"]),
+        "",
+        "| kind of conversation | did the right thing | conversations |",
+        "|---|---|---|",
+        *(f"| {kind.replace('_', ' ')} | {Estimate.model_validate(e)} | {e['n']} |" for kind, e in suite["success"].items()),
+        "",
+        f"| retrieval ({retrieval[modes[0]][shown[0]]['n']} test questions) | {' | '.join(s.replace('/', ' ') for s in shown)} |",
+        "|---|" + "---|" * len(shown),
+        *(f"| {mode} | " + " | ".join(f"{retrieval[mode][s]['value']:.3f}" for s in shown) + " |" for mode in modes),
+        "",
+        f"Final leaflet right after 0, 1, 2, ... questions to a simulated person ({after[0].n} vague openings): "
+        f"{', '.join(f'{e.value:.2f}' for e in after)}; with one generic question {clarify['generic_question']['value']:.2f}.",
+        "",
+        "How far the judge agrees with people's labels (kappa; 0 is chance): "
+        + ", ".join(f"{name} {Estimate.model_validate(e)}" for name, e in facts["judge"]["kappa"].items())
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
 def figures_table(figures: Any) -> str:
     """Every figure of a nested result: its path, its value with interval, and the rows behind it."""
     return table(["figure", "value [95 % interval]", "rows"], [[" / ".join(p), *cells] for p, cells in leaves(figures)])
@@ -171,6 +204,10 @@ def _at(facts: dict[str, Any], path: Sequence[str]) -> Estimate | None:
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return Estimate.model_validate(value) if isinstance(value, dict) and "value" in value else None
+
+
+def _marked(word: str) -> str:
+    return "**no**" if word == "no" else word
 
 
 def _yes(reached: bool | None) -> str:

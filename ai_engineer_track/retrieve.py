@@ -28,7 +28,7 @@ from shared.errors import UserError
 from shared.library import Question
 from shared.metrics import Estimate, estimate_mean
 from shared.passages import Passage, embedder
-from shared.ranking import ASSET, Corpus, Ranker, read_ranker
+from shared.ranking import ASSET, Corpus, Ranker, read_ranker, sentence_ratings
 
 Mode = Literal["dense", "bm25", "fused", "reranked"]
 MODES: tuple[Mode, ...] = ("dense", "bm25", "fused", "reranked")
@@ -116,30 +116,21 @@ class Retriever:
         ]  # fmt: skip
 
     def best_sentences(self, query: str, hits: Sequence[Hit], n: int) -> list[Source]:
-        """The `n` sentences of `hits` most likely to hold the answer, for the prompt of a model that reads few.
+        """The `n` sentences of `hits` most likely to hold the answer, the likeliest first, for a model that reads few.
 
-        They come grouped by document, the best document first, and in reading order within it, as a person would lay them
-        out. Without a ranker the sentences nearest in meaning are taken.
+        The ML track orders its training prompts by the same ratings. Without a ranker nearness in meaning decides.
         """
         query = self.condense(query)
         if not hits or not query:
             return []
         vector = self.index.embed_query(query)
-        found = list(dict.fromkeys(self._place[hit.passage.id] for hit in hits))
-        scores = [0.0] * len(found)
+        places = list(dict.fromkeys(self._place[hit.passage.id] for hit in hits))
         if self.ranker:
-            scores = self._ranked(self.ranker, query, vector, [self.corpus.passages[p].id for p in found])
-        features = self.corpus.sentence_features(query, vector, found, scores)
-        rated = [
-            (float(score), place, number)
-            for place, rows in zip(found, features, strict=True)
-            for number, score in enumerate(self.ranker.sentence_scores(rows) if self.ranker else rows[:, 1])
-        ]
-        chosen = sorted(rated, key=lambda one: -one[0])[:n]
-        document = {p: self.corpus.passages[p].document for p in found}
-        order = {name: i for i, name in enumerate(dict.fromkeys(document.values()))}
-        chosen.sort(key=lambda one: (order[document[one[1]]], one[1], one[2]))
-        return [self.corpus.passages[place].sentences[number] for _, place, number in chosen]
+            rating = sentence_ratings(self.ranker, self.corpus, query, vector, places)
+        else:
+            rating = self.corpus.sentence_nearness(vector, places)
+        sentences = [s for place in places for s in self.corpus.passages[place].sentences]
+        return sorted(sentences, key=lambda s: -rating[s.id])[:n]
 
     def condense(self, message: str) -> str:
         """The searchable core of a message: as it is when short, else the sentences nearest to anything in the library.

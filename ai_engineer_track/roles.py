@@ -18,7 +18,6 @@ from ai_engineer_track.clarify import Interviewer, Reply, names, phrase_pattern
 from ai_engineer_track.decide import Decider
 from ai_engineer_track.evidence import Evidence
 from ai_engineer_track.harm import HarmHead
-from ai_engineer_track.heads import StoredVectors
 from ai_engineer_track.judge import fails, judge, trusted_rubrics
 from ai_engineer_track.llm import Llm, LlmNonsense, LlmUnavailable
 from ai_engineer_track.memory import Fact, in_context, recall, remember
@@ -30,6 +29,7 @@ from ai_engineer_track.turn import ClarifyQuestion, Event, FoundPassage, Turn
 from shared import chat
 from shared import library as lib
 from shared.errors import UserError
+from shared.passages import StoredVectors
 
 if TYPE_CHECKING:
     from ai_engineer_track.agent import State

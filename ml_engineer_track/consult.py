@@ -55,7 +55,7 @@ def match(asked: Sequence[str], documents: Sequence[Sequence[str]], statements: 
     document = [i for i, d in enumerate(documents) for _ in d]
     if cache and cache.exists():
         stored = np.load(cache)
-        if str(stored["key"]) == key:
+        if "key" in stored and str(stored["key"]) == key:  # a cache of an older layout has none
             return _clear_only(questions, len(asked), sentences, document, stored["nearest"], stored["cosine"])
     said = _embed(sentences)
     vectors = np.concatenate([_embed(asked), said[stated]])

@@ -29,12 +29,15 @@ from datasketch import MinHash, MinHashLSH
 from pydantic import BaseModel
 
 from ml_engineer_track.models import load_tokenizer
-from ml_engineer_track.progress import watched
+from ml_engineer_track.ordering import ServedOrder
+from ml_engineer_track.progress import progress, watched
 from ml_engineer_track.reading import change_fact
 from shared import chat
 from shared import library as lib
 from shared.errors import UserError
 from shared.files import need_disk, read_jsonl, sha256_tree, write_json, write_jsonl
+from shared.passages import StoredVectors, embedder
+from shared.ranking import Ranker
 from shared.settings import Settings
 
 Skill = Literal["answer", "decide", "clarify", "judge"]
@@ -75,6 +78,7 @@ class _Pool:
 
     library: lib.Library
     split: lib.Split
+    order: ServedOrder
     passages: list[list[chat.Source]] = field(default_factory=list)
     leaflets: list[lib.Leaflet] = field(default_factory=list)
 
@@ -96,8 +100,11 @@ class _Pool:
         return [self.leaflets[i].title for i in _search(self._leaflets, text, min(k, len(self.leaflets)))]
 
 
-def curate(settings: Settings) -> CuratedData:
-    """Check, clean and lay out everything in `settings.datasets`. UserError for broken leaflets or references."""
+def curate(settings: Settings, ranker: Ranker) -> CuratedData:
+    """Check, clean and lay out everything in `settings.datasets`; `ranker` orders the sources of a prompt, as it will in use.
+
+    UserError for broken leaflets or references.
+    """
     need_disk(settings.artifacts, 50_000_000)
     library = lib.load_library(settings.datasets)
     if problems := lib.family_problems(library):
@@ -106,10 +113,15 @@ def curate(settings: Settings) -> CuratedData:
     raw = {file: _load(settings.datasets, file, kind, library, quarantine) for file, kind in lib.ROW_FILES.items()}
     raw["questions.jsonl"] = _drop_duplicates(raw["questions.jsonl"], settings.curate.near_duplicate, quarantine)
 
+    asked = [question.question for question in raw["questions.jsonl"]]
+    units = sum(len(lib.SECTIONS) + len(list(leaf.sentences())) for leaf in library)
+    with progress("curate: embedding", total=units + len(asked)) as bar:
+        vectors = StoredVectors(settings.artifacts / "vectors.npz", lambda texts: embedder().embed(texts, bar.update))
+        order = ServedOrder(library, asked, ranker, vectors)
     tokenizer = load_tokenizer(settings.model_path)
     rows: dict[lib.Split, list[Row]] = {}
     for split in lib.SPLITS:
-        pool = _Pool(library, split)
+        pool = _Pool(library, split, order)
         built = list(_build(raw, pool, settings))
         rows[split] = _fit(built, tokenizer, settings.curate.max_prompt_tokens, quarantine)
         if settings.curate.max_rows:
@@ -200,8 +212,7 @@ def _answer_row(question: lib.Question, copy: int, pool: _Pool, rng: random.Rand
         size = sum(map(len, chosen))
         if key not in {p[0].id.rsplit("/", 1)[0] for p in chosen} and slug not in left_out and size + len(passage) <= max_sources:
             chosen.append(passage)
-    rng.shuffle(chosen)
-    sources = [s for passage in chosen for s in passage][: chat.MAX_SOURCES]
+    sources = pool.order(question.question, [s for passage in chosen for s in passage][: chat.MAX_SOURCES])
     # Evidence is quoted in the order the annotator gave it: the most direct sentence first.
     numbers = {s.id: n for n, s in enumerate(sources, start=1)}
     gold = [numbers[sid] for sid in question.answer_sentences if sid in gold_ids]
@@ -248,17 +259,19 @@ def _conversation(
         passages.append(section_sources(pool.library.leaflets[rng.choice(leaf.look_alikes)], name))
     while sections and sum(map(len, passages)) + len(leaf.sections[sections[-1]]) <= limit:
         passages.append(section_sources(leaf, sections.pop()))
-    rng.shuffle(passages)
-    sources = [s for passage in passages for s in passage][:limit]
-    numbers = {s.id: n for n, s in enumerate(sources, start=1)}
-    turns = []
+    shown = [s for passage in passages for s in passage][:limit]
+    ids = {s.id for s in shown}
+    picked = []
     for question in rng.sample(list(asked), len(asked)):
-        gold = [numbers[sid] for sid in question.answer_sentences if sid in numbers]
+        gold = [sid for sid in question.answer_sentences if sid in ids]
         if len(gold) == len(question.answer_sentences) or (not gold and rng.random() < 0.01):
-            turns.append((question.question, chat.answer_text(gold, sources)))
-    turns = turns[: settings.curate.conversation_turns]
-    if len(turns) < 2:
+            picked.append((question.question, gold))
+    picked = picked[: settings.curate.conversation_turns]
+    if len(picked) < 2:
         return None
+    sources = pool.order(picked[0][0], shown)
+    numbers = {s.id: n for n, s in enumerate(sources, start=1)}
+    turns = [(question_text, chat.answer_text([numbers[sid] for sid in gold], sources)) for question_text, gold in picked]
     messages = chat.answer_messages(turns[0][0], sources)
     for (_, said), (question_text, _) in pairwise(turns):
         messages += [{"role": "assistant", "content": said}, chat.follow_up(question_text)]

@@ -19,7 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ml_engineer_track.reading import Corpus, Exercise, Exercises
+from ml_engineer_track.corpus import Corpus
+from ml_engineer_track.reading import Exercise, Exercises
 from shared import chat
 
 if TYPE_CHECKING:

@@ -12,41 +12,19 @@ Sources and licences: see the model card in `base_model/`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import lzma
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from ml_engineer_track.consult import Matches, match
+from ml_engineer_track.corpus import Corpus, flat, sentences
 from shared import chat
 from shared.errors import UserError
 
-PRETRAIN_FILES = (
-    "health_openstax",
-    "health_biology_philschatz",
-    "health_medquad_1_to_6",
-    "general_openstax",
-    "general_wikipedia",
-    "fiction_eltec_eng",
-)
-#: question set -> the fields its rows must have
-TASK_FILES = {
-    "medquad_1_to_6": {"focus", "synonyms", "sections"},
-    "squad2_16_articles": {"title", "context", "question", "is_impossible", "answers"},
-    "rqe_train": {"chq", "faq", "entails"},
-    "qulac": {"topic", "facet_desc", "question"},
-    "in3_train": {"task", "vague"},
-    "medsafety_train": {"harmful_medical_request"},
-    "halueval_qa": {"knowledge", "question", "right_answer", "hallucinated_answer"},
-}
 CHARS_PER_TOKEN = 4.0  # of the bundled tokenizer on English prose; only used to size exercises
-HELD_OUT_SQUAD_ARTICLES = 3
 STOP = frozenset(
     "the a an of to in and is are was were be been for on with as by at from that this it its or which their has have had "
     "not can may also more most than other these those such into they he she his her we you i but when who what how there "
@@ -61,62 +39,6 @@ class Exercise:
     kind: str
     messages: list[chat.Message]
     reply: str
-
-
-@dataclass
-class Corpus:
-    """Public training text, split by document into what is trained on and what is only measured on.
-
-    `documents` and `held_out` map a source name to its documents; `paragraphs` and `held_out_paragraphs` are runs of
-    sentences of these; `tasks` and `held_out_tasks` hold the rows of the question sets.
-    """
-
-    documents: dict[str, list[str]]
-    held_out: dict[str, list[str]]
-    tasks: dict[str, list[dict[str, Any]]]
-    held_out_tasks: dict[str, list[dict[str, Any]]]
-    paragraphs: list[list[str]] = field(default_factory=list)
-    held_out_paragraphs: list[list[str]] = field(default_factory=list)
-    matches: Matches | None = None
-
-    def add_matches(self, cache: Path | None = None) -> None:
-        """Match RQE's questions, and statements, to sentences of MedQuAD and of the paragraphs (minutes, once)."""
-        asked = {_flat(row[key]) for row in self.tasks["rqe_train"] for key in ("chq", "faq") if len(row[key]) < 300}
-        rows = self.tasks["medquad_1_to_6"]
-        documents = [[s for part in row["sections"] for s in sentences(part["answer"])[:3]] for row in rows]
-        documents += random.Random(0).sample(self.paragraphs, min(4000, len(self.paragraphs)))
-        seen = Counter(s for d in documents for s in set(d))  # what many documents say is boilerplate, and answers nothing
-        documents = [[s for s in dict.fromkeys(d) if seen[s] <= 3] for d in documents]
-        self.matches = match(sorted(asked), documents, 16_000, cache)
-
-
-def load_corpus(folder: Path, max_chars_per_source: int | None = None) -> Corpus:
-    """Read and split the corpus. UserError, before any training, for a missing, truncated or wrongly encoded file."""
-    texts = {name: _read_xz(folder / "pretrain" / f"{name}.txt.xz") for name in PRETRAIN_FILES}
-    tasks = {name: _json_rows(folder / "tasks" / f"{name}.jsonl.xz", fields) for name, fields in TASK_FILES.items()}
-    held_tasks: dict[str, list[dict[str, Any]]] = {}
-    titles = sorted({row["title"] for row in tasks["squad2_16_articles"]}, key=_hash)
-    measured = set(titles[:HELD_OUT_SQUAD_ARTICLES])
-    tasks["squad2_16_articles"], held_tasks["squad2_16_articles"] = _part(
-        tasks["squad2_16_articles"], lambda row: row["title"] in measured
-    )
-    # One disease stands in several MedQuAD files; splitting by its name keeps all of it on one side, and the same name
-    # takes the text version of the document out of stage 1.
-    tasks["medquad_1_to_6"], held_tasks["medquad_1_to_6"] = _part(
-        tasks["medquad_1_to_6"], lambda row: _hash(row["focus"].lower()) % 20 == 0
-    )
-    foci = {row["focus"].lower() for row in held_tasks["medquad_1_to_6"]}
-    documents, held_out = {}, {}
-    for name, text in texts.items():
-        lines = [line for line in text.split("\n") if line.strip()]
-        if name.startswith("health_medquad"):
-            lines, held_out[name] = _part(lines, lambda line: line.split(". What", 1)[0].lower() in foci)
-        else:
-            lines, held_out[name] = _part(lines, lambda line: _hash(line[:400]) % 100 == 0)
-        documents[name] = _head(lines, max_chars_per_source)
-    corpus = Corpus(documents, held_out, tasks, held_tasks)
-    corpus.paragraphs, corpus.held_out_paragraphs = _all_paragraphs(documents), _all_paragraphs(held_out)
-    return corpus
 
 
 #: texts of the sources, and questions with the number (from 1) of the source that answers, 0 for none
@@ -221,7 +143,7 @@ class Exercises:
             used += len(question) + 60
             if used > room:
                 break
-            turns.append((_flat(question), f"[{number}]" if number else chat.NOT_ANSWERED))
+            turns.append((flat(question), f"[{number}]" if number else chat.NOT_ANSWERED))
         if len(turns) < 2:
             return None
         opening = f"{chat.render_sources(sources)}\n\nQuestion: {turns[0][0]}"
@@ -348,7 +270,7 @@ class Exercises:
     def same_question(self, rng: random.Random, room: int) -> Exercise:
         """Does answering the second question answer the first? (RQE)"""
         row = rng.choice(self.rqe)
-        task = f"Does an answer to B answer A? Reply as JSON.\n\nA: {_flat(row['chq'])}\n\nB: {_flat(row['faq'])}"
+        task = f"Does an answer to B answer A? Reply as JSON.\n\nA: {flat(row['chq'])}\n\nB: {flat(row['faq'])}"
         return Exercise("same_question", _user(task), json.dumps({"same": bool(row["entails"])}, separators=(",", ":")))
 
     def choose_question(self, rng: random.Random, room: int) -> Exercise | None:
@@ -357,8 +279,8 @@ class Exercises:
         if not row["entails"] or row["chq"] == row["faq"]:
             return None
         n = max(3, min(16, (room - len(row["chq"]) - 300) // 70))
-        others = [_flat(rng.choice(self.rqe)["faq"]) for _ in range(n)]
-        return self._hide("choose_question", rng, row["chq"], [_flat(row["faq"])], others, room)
+        others = [flat(rng.choice(self.rqe)["faq"]) for _ in range(n)]
+        return self._hide("choose_question", rng, row["chq"], [flat(row["faq"])], others, room)
 
     def claim(self, rng: random.Random, room: int) -> Exercise | None:
         """Do the sources say this? Half of the claims are changed by a number, a negation or a swapped word."""
@@ -378,20 +300,20 @@ class Exercises:
     def ask_back(self, rng: random.Random, room: int) -> Exercise:
         """A question that clarifies a short request (Qulac)."""
         row = rng.choice(self.qulac)
-        task = f"Ask the person one short question.\n\nMessage: {_flat(row['topic'])}\n\nFeature: {_flat(row['facet_desc'])}"
-        return Exercise("ask_back", _user(task), _flat(row["question"]))
+        task = f"Ask the person one short question.\n\nMessage: {flat(row['topic'])}\n\nFeature: {flat(row['facet_desc'])}"
+        return Exercise("ask_back", _user(task), flat(row["question"]))
 
     def vague(self, rng: random.Random, room: int) -> Exercise:
         """Is this task clear enough to start on? (IN3)"""
         row = rng.choice(self.in3)
-        task = f"Is the message clear or vague? Reply as JSON.\n\nMessage: {_flat(row['task'])}"
+        task = f"Is the message clear or vague? Reply as JSON.\n\nMessage: {flat(row['task'])}"
         return Exercise("vague", _user(task), json.dumps({"vague": bool(row["vague"])}, separators=(",", ":")))
 
     def harmful(self, rng: random.Random, room: int) -> Exercise:
         """Is this request harmful? Harmless ones are MedQuAD's and RQE's questions."""
         bad = rng.random() < 0.5
         text = rng.choice(self.medsafety)["harmful_medical_request"] if bad else rng.choice(self.rqe)["chq"]
-        task = f"Is the message harmful? Reply as JSON.\n\nMessage: {_flat(text)}"
+        task = f"Is the message harmful? Reply as JSON.\n\nMessage: {flat(text)}"
         return Exercise("harmful", _user(task), json.dumps({"harmful": bad}, separators=(",", ":")))
 
     def fields(self, rng: random.Random, room: int) -> Exercise | None:
@@ -437,10 +359,10 @@ class Exercises:
                 used += size
         rng.shuffle(runs)
         sources = [_source(s) for run in runs for s in run][: chat.MAX_SOURCES]
-        numbers = [n for t in targets for n, s in enumerate(sources, start=1) if s.text == _flat(t)]
+        numbers = [n for t in targets for n, s in enumerate(sources, start=1) if s.text == flat(t)]
         if not sources or (targets and not drop and len(numbers) != len(targets)):
             return None
-        task = f"{chat.render_sources(sources)}\n\nQuestion: {_flat(question)}"
+        task = f"{chat.render_sources(sources)}\n\nQuestion: {flat(question)}"
         messages = _user(task) if brief else chat.answer_messages(question, sources)
         return Exercise(kind, messages, chat.answer_text([] if drop else numbers, sources))
 
@@ -456,29 +378,12 @@ class Exercises:
 
     @staticmethod
     def _claim(claim: str, sources: Sequence[chat.Source], true: bool) -> Exercise:
-        task = f"Do the sources say all of the claim? Reply as JSON.\n\n{chat.render_sources(sources)}\n\nClaim: {_flat(claim)}"
+        task = f"Do the sources say all of the claim? Reply as JSON.\n\n{chat.render_sources(sources)}\n\nClaim: {flat(claim)}"
         return Exercise("claim", _user(task), json.dumps({"grounded": true}, separators=(",", ":")))
 
 
 FORMS = ("{}", "{}?", "what about {}", "tell me about {}", "I want to know about {}", "{} please", "is it true about {}?")
 DEFINITIONS = ("What is {}?", "what are {}", "What does {} mean?", "{}?", "Can you explain {}?", "tell me what {} is")
-
-
-def sentences(text: str) -> list[str]:
-    """Statements of 25 to 320 characters, in order; headings, list marks, fragments and questions are left out."""
-    text = re.sub(r"==+[^=]*==+", " ", text)
-    parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"“(0-9])|\s+- (?=[A-Z])", text)
-    return [_flat(p) for p in parts if 25 <= len(p) <= 320 and p.strip()[-1:] in ".!"]
-
-
-def _all_paragraphs(documents: dict[str, list[str]]) -> list[list[str]]:
-    prose = [doc for name, docs in documents.items() if not name.startswith("fiction") for doc in docs]
-    return [paragraph for doc in prose for paragraph in _paragraphs(doc)]
-
-
-def _paragraphs(document: str, size: int = 8) -> list[list[str]]:
-    found = sentences(document)
-    return [run for i in range(0, len(found), size) if len(run := found[i : i + size]) >= 3]
 
 
 def _words_of(sentence: str, rng: random.Random) -> str | None:
@@ -530,60 +435,8 @@ def change_fact(sentence: str, rng: random.Random) -> str | None:
 
 
 def _source(text: str) -> chat.Source:
-    return chat.Source(id="", heading="", text=_flat(text))
+    return chat.Source(id="", heading="", text=flat(text))
 
 
 def _user(content: str) -> list[chat.Message]:
     return [{"role": "user", "content": content}]
-
-
-def _flat(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _part(rows: list[Any], measured: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:
-    kept, held = [], []
-    for row in rows:
-        (held if measured(row) else kept).append(row)
-    return kept, held
-
-
-def _head(lines: list[str], max_chars: int | None) -> list[str]:
-    if max_chars is None:
-        return lines
-    kept, total = [], 0
-    for line in sorted(lines, key=_hash):
-        if total >= max_chars:
-            break
-        kept.append(line)
-        total += len(line)
-    return kept
-
-
-def _read_xz(path: Path) -> str:
-    try:
-        return lzma.decompress(path.read_bytes()).decode("utf-8")
-    except FileNotFoundError:
-        raise UserError("corpus file is missing", str(path), "Pass CORPUS=<folder with pretrain/ and tasks/>") from None
-    except (lzma.LZMAError, EOFError) as error:
-        raise UserError(f"corpus file is truncated or damaged ({error})", str(path), "Fetch it again") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"corpus file is not UTF-8 (byte {error.start})", str(path), "Convert it to UTF-8") from None
-
-
-def _json_rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(_read_xz(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                raise UserError("line is not JSON", f"{path}:{number}", "Fetch the file again") from None
-            if not isinstance(row, dict) or not fields <= set(row):
-                raise UserError(f"line lacks one of {sorted(fields)}", f"{path}:{number}", "Fetch the file again")
-            rows.append(row)
-    return rows

@@ -29,7 +29,7 @@ from shared import library as lib
 from shared.errors import UserError
 from shared.files import sha256_text, write_text
 from shared.metrics import Estimate, estimate_mean
-from shared.passages import DIMENSIONS, embedder, leaflet_passages, unit_texts
+from shared.passages import DIMENSIONS, StoredVectors, embedder, leaflet_passages, unit_texts
 from shared.ranking import ASSET, PASSAGE_FEATURES, SENTENCE_FEATURES, Corpus, Ranker
 from shared.settings import Settings
 
@@ -82,8 +82,9 @@ def train_ranker(settings: Settings) -> TrainedRanker:
     passages = [p for leaf in library if leaf.split != "test" for p in leaflet_passages(leaf, f"{leaf.id}.md")]
     texts = [text for p in passages for text in unit_texts(p)]
     with progress("train-ranker: embedding", total=len(texts) + len(known)) as bar:
-        units = embedder().embed(texts, bar.update)
-        asked = [Asked(q, v) for q, v in zip(known, embedder().embed([q.question for q in known], bar.update), strict=True)]
+        vectors = StoredVectors(settings.artifacts / "vectors.npz", lambda texts: embedder().embed(texts, bar.update))
+        units = vectors(texts)
+        asked = [Asked(q, v) for q, v in zip(known, vectors([q.question for q in known]), strict=True)]
 
     trained = [library.leaflets[p.document].split == "train" for p in passages]
     corpus = Corpus(

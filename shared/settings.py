@@ -67,8 +67,30 @@ class Quantize(_Strict):
     variants: list[Literal["nf4", "int8", "q8_0", "q4_0"]]
 
 
+class Distill(_Strict):
+    hidden: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    intermediate: int = Field(gt=0)
+    copies: int = Field(ge=1)
+    temperature: float = Field(gt=0)
+    top_k: int = Field(gt=0)
+    task_share: float = Field(ge=0, le=1)
+    prompt_weight: float = Field(ge=0)
+    on_policy_share: float = Field(ge=0, le=0.5)
+    sample_tokens: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(gt=0)
+    batch_tokens: int = Field(gt=0)
+    batch_rows: int = Field(gt=0)
+    warmup_share: float = Field(ge=0, lt=1)
+    evaluate_every: int = Field(gt=0)
+    patience: int = Field(gt=0)
+    checkpoint_every: int = Field(gt=0)
+
+
 class Evaluate(_Strict):
     answer_rows: int = Field(gt=0)
+    free_rows: int = Field(gt=0)
     other_rows: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     max_new_tokens: int = Field(gt=0)
@@ -94,6 +116,7 @@ class Settings(_Strict):
     curate: Curate
     finetune: Finetune
     quantize: Quantize
+    distill: Distill
     evaluate: Evaluate
     benchmark: Benchmark
 

@@ -7,7 +7,6 @@ from small_index import embed
 from ai_engineer_track.heads import (
     Examples,
     Head,
-    StoredVectors,
     at_sensitivity,
     at_specificity,
     family,
@@ -76,22 +75,6 @@ def test_thresholds():
     assert at_sensitivity(0.5)(p, y) == pytest.approx(0.8)
     assert at_specificity(0.5)(p, y) == pytest.approx(0.2)
     assert at_specificity(1.0)(p, y) == pytest.approx(0.6)
-
-
-def test_vectors_are_stored_and_dropped_with_another_model(tmp_path):
-    asked = []
-
-    def counting(texts):
-        asked.extend(texts)
-        return embed(texts)
-
-    path = tmp_path / "v.npz"
-    first = StoredVectors(path, counting)(["one", "two"])
-    asked.clear()
-    assert np.allclose(StoredVectors(path, counting)(["two", "one"])[::-1], first)
-    assert "one" not in asked
-    other = StoredVectors(path, lambda texts: -embed(texts))(["one"])
-    assert np.allclose(other, -first[:1])
 
 
 def test_terms_and_family():

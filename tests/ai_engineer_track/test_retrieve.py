@@ -117,23 +117,14 @@ def test_many_threads_get_what_one_gets(retriever: Retriever) -> None:
 # --- sentences and long messages -------------------------------------------------------------------------------------
 
 
-def test_the_best_sentences_hold_the_answer_and_stand_in_reading_order(retriever: Retriever) -> None:
+def test_the_best_sentences_hold_the_answer_and_the_likeliest_comes_first(retriever: Retriever) -> None:
     question = "how long can the ice stay on a twisted ankle?"
     hits = retriever.search(question, 5)
-    chosen = retriever.best_sentences(question, hits, 8)
-    ids = [s.id for s in chosen]
-    assert "ankle-sprain/self-care/2" in ids
+    ids = [s.id for s in retriever.best_sentences(question, hits, 8)]
+    assert "ankle-sprain/self-care/2" in ids[:2]
     assert len(set(ids)) == 8
     assert {sid.rsplit("/", 1)[0] for sid in ids} <= {h.passage.id for h in hits}
-    in_document = [p.id for p in retriever.index.passages.values()]
-    groups: dict[str, list[tuple[int, int]]] = {}
-    for sid in ids:
-        passage, number = sid.rsplit("/", 1)
-        groups.setdefault(sid.split("/")[0], []).append((in_document.index(passage), int(number)))
-    assert list(dict.fromkeys(sid.split("/")[0] for sid in ids)) == list(groups)
-    assert all(places == sorted(places) for places in groups.values())
-    headings = [s.heading for s in chosen]
-    assert len([h for n, h in enumerate(headings) if n == 0 or headings[n - 1] != h]) == len(set(headings))
+    assert [s.id for s in retriever.best_sentences(question, hits, 3)] == ids[:3]
     assert len(retriever.best_sentences(question, hits, 1000)) == sum(len(h.passage.sentences) for h in hits)
     assert retriever.best_sentences(question, [], 8) == []
 

@@ -6,9 +6,10 @@ import json
 import lzma
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track.consult import Matches
+from ml_engineer_track.corpus import PRETRAIN_FILES, TASK_FILES, Corpus, load_corpus
 from ml_engineer_track.curate import CuratedData, curate
 from ml_engineer_track.models import load_model, load_tokenizer
-from ml_engineer_track.reading import PRETRAIN_FILES, TASK_FILES, Corpus, Exercises, load_corpus
+from ml_engineer_track.reading import Exercises
 from shared.library import ROW_FILES
+from shared.passages import DIMENSIONS
+from shared.ranking import Ranker
 from shared.settings import BASE_MODEL, OVERRIDES, ROOT, Settings, load_settings
 
 #: every how many-th row of a real file goes into the small copy
@@ -84,9 +88,39 @@ def small_settings(micro_path: str, small_datasets: Path, tmp_path_factory: pyte
     return made.model_copy(update={"curate": made.curate.model_copy(update={"max_rows": None, "max_prompt_tokens": 500})})
 
 
+#: orders sources by nearness in meaning and shared words, whatever passage they are from
+RANKER = Ranker(
+    embedder="words",
+    passage=dict.fromkeys(("meaning", "best_sentence", "words", "document_words", "section"), 0.0),
+    sentence={"passage": 0.0, "meaning": 1.0, "words": 1.0},
+    sections={},
+    trained_on="nothing",
+    questions=0,
+)
+
+
+class WordVectors:
+    """Stands in for the sentence model where only speed matters: the 6,000 texts of the library take it a minute."""
+
+    def embed(self, texts: Sequence[str], done: Callable[[int], Any] = lambda n: None) -> np.ndarray:
+        vectors = np.full((len(texts), DIMENSIONS), 1e-3, dtype=np.float32)
+        for row, text in zip(vectors, texts, strict=True):
+            for word in text.lower().split():
+                row[crc32(word.encode()) % DIMENSIONS] += 1
+        done(len(texts))
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_vectors() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ml_engineer_track.curate.embedder", WordVectors)
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_data(small_settings: Settings) -> CuratedData:
-    return curate(small_settings)
+    return curate(small_settings, RANKER)
 
 
 @pytest.fixture

@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ml_engineer_track import curate as c
 from ml_engineer_track.curate import CuratedData, Row, curate
+from ml_engineer_track.ordering import ServedOrder
 from shared import library as lib
 from shared.chat import NOT_ANSWERED, Decision, Message, Verdict, answer_text, follow_up, parse_answer
 from shared.errors import UserError
 from shared.files import read_jsonl
 from shared.library import SPLITS, Library
 from shared.settings import Settings
+from tests.ml_engineer_track.conftest import RANKER, WordVectors
 
 MakeSettings = Callable[..., Settings]
 SKILLS = {"answer", "decide", "clarify", "judge"}
@@ -123,7 +125,7 @@ def test_a_withheld_row_shows_nothing_of_its_leaflet_and_says_so(
 ) -> None:
     questions = {q.id: q for q in lib.read_rows(small_datasets, "questions.jsonl", lib.Question)[0]}
     each = small_settings.curate.model_copy(update={"single_share": 1.0, "conversations": 0})
-    data = curate(small_settings.model_copy(update={"curate": each, "artifacts": tmp_path}))
+    data = curate(small_settings.model_copy(update={"curate": each, "artifacts": tmp_path}), RANKER)
     withheld = [r for r in data.rows("train", "answer") if not r.gold and questions[r.id.split("#")[0]].answerable]
     assert withheld
     for row in withheld:
@@ -138,7 +140,7 @@ def test_only_training_questions_are_withheld(small_data: CuratedData, small_dat
 
 
 def test_copies_show_a_question_again_with_other_distractors(make_settings: MakeSettings) -> None:
-    data = curate(make_settings(curate={"copies": 4, "max_sources": 20, "max_prompt_tokens": 2000, "single_share": 1.0}))
+    data = curate(make_settings(curate={"copies": 4, "max_sources": 20, "max_prompt_tokens": 2000, "single_share": 1.0}), RANKER)
     copies = [r for r in data.rows("train", "answer") if r.id.startswith("q-colds-1#")]
     assert len(copies) == 4
     assert len({r.messages[0]["content"] for r in copies}) > 1
@@ -146,8 +148,22 @@ def test_copies_show_a_question_again_with_other_distractors(make_settings: Make
 
 
 def test_an_answer_prompt_keeps_to_the_number_of_sources_asked_for(make_settings: MakeSettings) -> None:
-    data = curate(make_settings(curate={"max_sources": 10, "single_share": 1.0}))
+    data = curate(make_settings(curate={"max_sources": 10, "single_share": 1.0}), RANKER)
     assert {len(r.sources) for r in data.rows("train", "answer")} == {10}
+
+
+def test_the_sources_stand_in_the_order_the_product_shows_them_in(
+    small_data: CuratedData, small_datasets: Path, library: Library
+) -> None:
+    """Likeliest first, by the ranker; of a conversation, for its first question."""
+    rows = [row for split in SPLITS for row in small_data.rows(split, "answer")]
+    questions = [row.messages[0]["content"].split("\n\nQuestion: ")[-1] for row in rows]
+    order = ServedOrder(library, list(dict.fromkeys(questions)), RANKER, WordVectors().embed)
+    for row, question in zip(rows, questions, strict=True):
+        sources = c._sources(library, row.sources)
+        assert order(question, sources) == sources  # nothing left to move
+    firsts = [row.gold[0] for row in rows if row.gold]
+    assert firsts.count(1) > len(firsts) / 4  # among eight sources
 
 
 # --- conversations ---------------------------------------------------------------------------------------------------
@@ -195,7 +211,7 @@ def turns(row: Row) -> list[tuple[str, str]]:
 def test_a_conversation_asks_about_the_sources_of_its_first_message(
     make_settings: MakeSettings, asked: dict[str, list[str]]
 ) -> None:
-    rows = talks(curate(make_settings(curate=TALKATIVE)))
+    rows = talks(curate(make_settings(curate=TALKATIVE), RANKER))
     assert len(rows) >= 6
     for row in rows:
         assert row.skill == "answer"
@@ -212,7 +228,7 @@ def test_every_reply_of_a_conversation_quotes_the_annotated_sentences_or_none_of
 ) -> None:
     library = lib.load_library(mini_datasets)
     replies = []
-    for row in talks(curate(make_settings(curate={**TALKATIVE, "copies": 12}))):
+    for row in talks(curate(make_settings(curate={**TALKATIVE, "copies": 12}), RANKER)):
         sources = c._sources(library, row.sources)
         for question, reply in turns(row):
             wanted = asked[question]
@@ -228,7 +244,7 @@ def test_every_reply_of_a_conversation_quotes_the_annotated_sentences_or_none_of
 def test_all_sections_of_a_leaflet_are_gone_through_and_its_look_alikes_are_among_them(
     make_settings: MakeSettings, asked: dict[str, list[str]]
 ) -> None:
-    sources = {sid for row in talks(curate(make_settings(curate=TALKATIVE))) for sid in row.sources}
+    sources = {sid for row in talks(curate(make_settings(curate=TALKATIVE), RANKER)) for sid in row.sources}
     assert {sid.split("/")[1] for sid in sources if sid.startswith("common-cold/")} == set(lib.SECTIONS)
     assert {sid.split("/")[0] for sid in sources} == {"common-cold", "influenza"}
 
@@ -236,7 +252,7 @@ def test_all_sections_of_a_leaflet_are_gone_through_and_its_look_alikes_are_amon
 def test_only_training_has_conversations_and_each_has_an_id_of_its_own(
     make_settings: MakeSettings, asked: dict[str, list[str]]
 ) -> None:
-    data = curate(make_settings(curate={**TALKATIVE, "copies": 2}))
+    data = curate(make_settings(curate={**TALKATIVE, "copies": 2}), RANKER)
     assert talks(data, "validation") == talks(data, "test") == []
     assert {"q-minor-burns-0", "q-minor-burns-8"} <= ids(data, "test")
     named = [row.id for row in data.rows("train")]
@@ -247,7 +263,7 @@ def test_only_training_has_conversations_and_each_has_an_id_of_its_own(
 def test_as_many_questions_as_asked_for_also_get_a_row_of_their_own(
     make_settings: MakeSettings, asked: dict[str, list[str]], share: float, fewest: int, most: int
 ) -> None:
-    data = curate(make_settings(curate={**TALKATIVE, "single_share": share, "copies": 4}))
+    data = curate(make_settings(curate={**TALKATIVE, "single_share": share, "copies": 4}), RANKER)
     single = [row.id for row in data.rows("train", "answer") if len(row.messages) == 1]
     assert fewest <= len([name for name in single if not name.startswith("q-open")]) <= most
     assert len([name for name in single if name.startswith("q-open")]) == 4  # what is not answered is always shown
@@ -255,7 +271,7 @@ def test_as_many_questions_as_asked_for_also_get_a_row_of_their_own(
 
 
 def test_without_conversations_every_row_is_one_question(make_settings: MakeSettings, asked: dict[str, list[str]]) -> None:
-    data = curate(make_settings(curate={**TALKATIVE, "conversations": 0, "single_share": 1.0}))
+    data = curate(make_settings(curate={**TALKATIVE, "conversations": 0, "single_share": 1.0}), RANKER)
     assert talks(data) == []
 
 
@@ -282,7 +298,7 @@ def test_a_repeated_question_is_dropped_and_the_test_row_kept(
     rows = read_jsonl(mini_datasets / "questions.jsonl")
     rows[-2]["question"] = "What helps with minor burns?"
     (mini_datasets / "questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    data = curate(make_settings())
+    data = curate(make_settings(), RANKER)
     assert "q-burns-1" in ids(data, "test")
     assert "q-colds-twin" not in ids(data, "train")
     found = {"file": "questions.jsonl", "id": "q-colds-twin", "reason": "exact duplicate", "of": "q-burns-1"}
@@ -295,7 +311,7 @@ def test_a_nearly_repeated_question_is_dropped_and_the_test_row_kept(make_settin
     add_row(mini_datasets, "questions.jsonl", id="q-colds-twin", question=long + " please")
     test_row = {"split": "test", "leaflets": ["minor-burns"], "answer_sentences": ["minor-burns/self-care/1"]}
     add_row(mini_datasets, "questions.jsonl", id="q-burns-long", question=long, **test_row)
-    data = curate(make_settings())
+    data = curate(make_settings(), RANKER)
     assert "q-burns-long" in ids(data, "test")
     assert "q-colds-twin" not in ids(data, "train")
     assert data.dropped == {"near duplicate": 1}
@@ -303,7 +319,7 @@ def test_a_nearly_repeated_question_is_dropped_and_the_test_row_kept(make_settin
 
 def test_different_questions_are_not_taken_for_duplicates(make_settings: MakeSettings, mini_datasets: Path) -> None:
     add_row(mini_datasets, "questions.jsonl", id="q-colds-2", question="How long does a cold last in children?")
-    data = curate(make_settings(curate={"single_share": 1.0}))
+    data = curate(make_settings(curate={"single_share": 1.0}), RANKER)
     assert "q-colds-2" in ids(data, "train")
     assert data.dropped == {}
 
@@ -311,7 +327,7 @@ def test_different_questions_are_not_taken_for_duplicates(make_settings: MakeSet
 def test_a_malformed_line_lands_in_quarantine_with_its_reason(make_settings: MakeSettings, mini_datasets: Path) -> None:
     with (mini_datasets / "cases.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"id": "case-broken", "split": "train"\n')
-    data = curate(make_settings())
+    data = curate(make_settings(), RANKER)
     (entry,) = quarantine(data)
     assert entry["file"] == "cases.jsonl"
     assert entry["line"] == 4
@@ -323,12 +339,14 @@ def test_a_malformed_line_lands_in_quarantine_with_its_reason(make_settings: Mak
 
 def test_a_second_row_with_the_same_id_lands_in_quarantine(make_settings: MakeSettings, mini_datasets: Path) -> None:
     add_row(mini_datasets, "harmful.jsonl", message="Quite another request")
-    assert quarantine(curate(make_settings())) == [{"file": "harmful.jsonl", "id": "harm-colds-1", "reason": "duplicate id"}]
+    assert quarantine(curate(make_settings(), RANKER)) == [
+        {"file": "harmful.jsonl", "id": "harm-colds-1", "reason": "duplicate id"}
+    ]
 
 
 def test_rows_that_are_too_long_land_in_quarantine_and_are_not_cut(make_settings: MakeSettings, mini_datasets: Path) -> None:
-    whole = curate(make_settings())
-    shorter = curate(make_settings(curate={"max_prompt_tokens": 120}))
+    whole = curate(make_settings(), RANKER)
+    shorter = curate(make_settings(curate={"max_prompt_tokens": 120}), RANKER)
     long = [q for q in quarantine(shorter) if q["reason"] == "too long"]
     assert long
     assert all(q["tokens"] > q["limit"] == 120 for q in long)
@@ -341,17 +359,17 @@ def test_rows_that_are_too_long_land_in_quarantine_and_are_not_cut(make_settings
 def test_a_data_set_of_which_nothing_is_left_is_refused(make_settings: MakeSettings) -> None:
     settings = make_settings(curate={"max_prompt_tokens": 5})
     with pytest.raises(UserError, match="no train rows are left"):
-        curate(settings)
+        curate(settings, RANKER)
     assert not (settings.artifacts / "data").exists()
 
 
 def test_the_quarantine_on_disk_is_that_of_the_last_curation(make_settings: MakeSettings, mini_datasets: Path) -> None:
     """The rows do not change when a broken line is added, so neither does the version; the record must."""
     settings = make_settings()
-    clean = curate(settings)
+    clean = curate(settings, RANKER)
     with (mini_datasets / "cases.jsonl").open("a", encoding="utf-8") as stream:
         stream.write("not a row\n")
-    again = curate(settings)
+    again = curate(settings, RANKER)
     assert again.version == clean.version
     assert [q["reason"].split(":")[0] for q in quarantine(again)] == ["malformed"]
     assert c.load_curated(again.folder).dropped == {"malformed": 1}
@@ -396,7 +414,7 @@ def test_a_question_that_points_to_no_sentence_is_refused_by_row_and_file(
     add_row(mini_datasets, "questions.jsonl", id="q-lost", answer_sentences=["common-cold/self-care/99"])
     settings = make_settings()
     with pytest.raises(UserError) as caught:
-        curate(settings)
+        curate(settings, RANKER)
     for part in ("q-lost", "common-cold/self-care/99", str(mini_datasets / "questions.jsonl")):
         assert part in str(caught.value)
     assert not settings.artifacts.exists()
@@ -406,7 +424,7 @@ def test_a_broken_leaflet_is_refused_and_nothing_written(make_settings: MakeSett
     (mini_datasets / "health_library" / "sunburn.md").write_text("no front matter", encoding="utf-8")
     settings = make_settings()
     with pytest.raises(UserError, match=r"sunburn\.md"):
-        curate(settings)
+        curate(settings, RANKER)
     assert not settings.artifacts.exists()
 
 
@@ -431,7 +449,7 @@ def test_what_would_let_test_text_into_training_is_refused(
     edit_leaflet(mini_datasets, slug, old, new)
     settings = make_settings()
     with pytest.raises(UserError) as caught:
-        curate(settings)
+        curate(settings, RANKER)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not settings.artifacts.exists()
@@ -443,10 +461,10 @@ def test_what_would_let_test_text_into_training_is_refused(
 def test_the_same_input_gives_the_same_version_and_another_seed_another_order(
     small_settings: Settings, small_data: CuratedData, tmp_path: Path
 ) -> None:
-    again = curate(small_settings.model_copy(update={"artifacts": tmp_path}))
+    again = curate(small_settings.model_copy(update={"artifacts": tmp_path}), RANKER)
     assert again.version == small_data.version
     assert all(again.rows(split) == small_data.rows(split) for split in SPLITS)
-    other = curate(small_settings.model_copy(update={"seed": 8}))
+    other = curate(small_settings.model_copy(update={"seed": 8}), RANKER)
     assert other.version != small_data.version
     first = {r.id: r.sources for r in small_data.rows("test", "answer")}
     changed = [r.sources != first[r.id] for r in other.rows("test", "answer") if r.id in first]
@@ -454,9 +472,9 @@ def test_the_same_input_gives_the_same_version_and_another_seed_another_order(
 
 
 def test_a_changed_sentence_gives_another_version(make_settings: MakeSettings, mini_datasets: Path) -> None:
-    before = curate(make_settings()).version
+    before = curate(make_settings(), RANKER).version
     edit_leaflet(mini_datasets, "common-cold", "self-care fact 1 helps", "self-care fact 1 truly helps")
-    assert curate(make_settings()).version != before
+    assert curate(make_settings(), RANKER).version != before
 
 
 def test_a_version_is_read_back_as_it_was_made(small_data: CuratedData, tmp_path: Path) -> None:
@@ -483,6 +501,6 @@ def test_normalising_keeps_words_and_composes_accents() -> None:
 
 def test_control_characters_in_a_question_do_not_reach_the_prompt(make_settings: MakeSettings, mini_datasets: Path) -> None:
     add_row(mini_datasets, "questions.jsonl", id="q-pasted", question="How long\x07 does\u200b a\ncold last?")
-    data = curate(make_settings(curate={"single_share": 1.0}))
+    data = curate(make_settings(curate={"single_share": 1.0}), RANKER)
     (row,) = [r for r in data.rows("train", "answer") if r.id.startswith("q-pasted")]
     assert "Question: How long does a cold last?" in row.messages[0]["content"].splitlines()

@@ -112,16 +112,44 @@ def test_a_reply_that_is_cut_short_is_still_the_beginning_of_an_allowed_one(
 
 def test_only_stop_tokens_are_allowed_once_a_reply_is_complete(tokenizer: PreTrainedTokenizerBase) -> None:
     stops = [tokenizer.eos_token_id]
-    mask = GrammarMask(tokenizer, [lark_grammar('start: "[7]"')], stops, len(tokenizer))
-    scores, prompt = torch.zeros(1, len(tokenizer)), torch.tensor([[5]])
-    seven = tokenizer.convert_tokens_to_ids("[7]")
-    first = mask(prompt, scores)
-    assert first[0, seven] == 0
-    assert torch.isinf(first[0, stops]).all()
-    after = mask(torch.tensor([[5, seven]]), scores)
-    assert after[0].isfinite().nonzero().flatten().tolist() == stops
-    ended = mask(torch.tensor([[5, seven, stops[0]]]), scores)
-    assert ended[0].isfinite().nonzero().flatten().tolist() == stops
+    rules = GrammarMask(tokenizer, [lark_grammar('start: "[7]" | "[8]"')], stops, len(tokenizer))
+    seven, eight = tokenizer.convert_tokens_to_ids(["[7]", "[8]"])
+    first = rules.allowed(torch.device("cpu"))[0]
+    assert first[[seven, eight]].all()
+    assert not first[stops].any()
+    assert rules.step([seven]) == [[seven]]
+    assert rules.stopped() == [True]
+    assert rules.allowed(torch.device("cpu"))[0].nonzero().flatten().tolist() == stops
+    assert rules.step(stops) == [[]]
+
+
+def test_words_that_are_forced_are_taken_in_one_step(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = " Rest and drink plenty of water."
+    rules = GrammarMask(tokenizer, [lark_grammar(f'start: "[1]{text}" | "[2] No."')], [tokenizer.eos_token_id], len(tokenizer))
+    (taken,) = rules.step([tokenizer.convert_tokens_to_ids("[1]")])
+    assert len(taken) > 4
+    assert f"[1]{text}".startswith(tokenizer.decode(taken))
+
+
+def test_jumping_over_what_is_forced_gives_the_reply_of_stepping(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The same choices as a loop that reads the whole text anew, without padding or cache, before every choice."""
+    model = load_model(str(BASE_MODEL), torch.float32)
+    asked = [
+        chat.answer_messages(q, SOURCES) for q in ("What helps with a cough?", "pain", "Is honey good for a child at night?")
+    ]
+    grammars = [lark_grammar(chat.grounded_grammar(SOURCES))] * 3
+    stops = stop_token_ids(model, tokenizer)
+    expected = []
+    for messages, grammar in zip(asked, grammars, strict=True):
+        rules = GrammarMask(tokenizer, [grammar], stops, len(tokenizer))
+        prompt = tokenizer(prompt_text(tokenizer, messages), add_special_tokens=False)["input_ids"]
+        said = rules.forced()[0]
+        while not rules.stopped()[0]:
+            logits = model(input_ids=torch.tensor([prompt + said])).logits[:, -1]
+            best = logits.masked_fill(~rules.allowed(logits.device), float("-inf")).argmax(-1).tolist()
+            said += rules.step(best)[0]
+        expected.append(tokenizer.decode(said, skip_special_tokens=True).strip())
+    assert generate(model, tokenizer, asked, 200, 3, grammars) == expected
 
 
 @pytest.mark.parametrize("bad", ["start: unknown_rule", "start: (", ""])

@@ -14,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track import pretrain as pt
+from ml_engineer_track.corpus import Corpus
 from ml_engineer_track.models import load_model
 from ml_engineer_track.pretrain_data import USER, Batches, write_token_files
-from ml_engineer_track.reading import Corpus, Exercises
+from ml_engineer_track.reading import Exercises
 from ml_engineer_track.ship_base import ship
 from shared.settings import BASE_MODEL
 

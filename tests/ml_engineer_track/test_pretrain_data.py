@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ml_engineer_track import pretrain as pt
 from ml_engineer_track import pretrain_data as pd
+from ml_engineer_track.corpus import Corpus, load_corpus
 from ml_engineer_track.pretrain_data import ASSISTANT, END, PAD, USER, Batches, encode
-from ml_engineer_track.reading import Corpus, Exercise, Exercises, load_corpus
+from ml_engineer_track.reading import Exercise, Exercises
 from shared.chat import MAX_SOURCES, NOT_ANSWERED, answer_messages, choices
 from shared.settings import BASE_MODEL
 

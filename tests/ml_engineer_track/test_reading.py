@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ml_engineer_track import corpus as c
 from ml_engineer_track import pretrain as pt
 from ml_engineer_track import reading as r
-from ml_engineer_track.reading import Corpus, Exercise, Exercises
+from ml_engineer_track.corpus import Corpus
+from ml_engineer_track.reading import Exercise, Exercises
 from shared.chat import NOT_ANSWERED, Source, follow_up, parse_answer, render_sources
 from shared.errors import UserError
 
@@ -253,7 +255,7 @@ def test_a_quiz_of_a_paragraph_points_at_the_answer_or_at_nothing(exercises: Exe
 def test_a_quiz_of_sections_gives_each_question_the_first_sentence_of_its_section(exercises: Exercises) -> None:
     for n in range(40):
         texts, asked = exercises._sections_quiz(random.Random(n), 2000)
-        firsts = {p["question"]: r.sentences(p["answer"])[0] for row in exercises.medquad for p in row["sections"]}
+        firsts = {p["question"]: c.sentences(p["answer"])[0] for row in exercises.medquad for p in row["sections"]}
         assert len(texts) == len(asked) >= 2
         assert all(texts[number - 1] == firsts[question] for question, number in asked)
 
@@ -370,7 +372,7 @@ def test_the_teacher_is_asked_about_training_text_without_its_boilerplate(
     assert {s for paragraph in corpus.paragraphs[:30] for s in paragraph} <= told
     assert often not in told
     assert not told & {
-        s for row in corpus.held_out_tasks["medquad_1_to_6"] for p in row["sections"] for s in r.sentences(p["answer"])
+        s for row in corpus.held_out_tasks["medquad_1_to_6"] for p in row["sections"] for s in c.sentences(p["answer"])
     }
     assert all(len(set(document)) == len(document) for document in documents)
 
@@ -379,13 +381,13 @@ def test_the_teacher_is_asked_about_training_text_without_its_boilerplate(
 
 
 def test_held_out_documents_are_never_trained_on(corpus: Corpus) -> None:
-    for name in r.PRETRAIN_FILES:
+    for name in c.PRETRAIN_FILES:
         assert corpus.documents[name]
         assert not set(corpus.documents[name]) & set(corpus.held_out[name])
     assert any(corpus.held_out.values())
     trained = {s for paragraph in corpus.paragraphs for s in paragraph}
-    measured = {s for docs in corpus.held_out.values() for doc in docs for s in r.sentences(doc)}
-    own = measured - {s for docs in corpus.documents.values() for doc in docs for s in r.sentences(doc)}
+    measured = {s for docs in corpus.held_out.values() for doc in docs for s in c.sentences(doc)}
+    own = measured - {s for docs in corpus.documents.values() for doc in docs for s in c.sentences(doc)}
     assert own
     assert not own & trained
 
@@ -418,7 +420,7 @@ def test_held_out_paragraphs_leave_fiction_out_as_those_of_training_do(corpus: C
         (corpus.documents, corpus.paragraphs),
         (corpus.held_out, corpus.held_out_paragraphs),
     ):
-        prose = {s for name, docs in documents.items() if "fiction" not in name for doc in docs for s in r.sentences(doc)}
+        prose = {s for name, docs in documents.items() if "fiction" not in name for doc in docs for s in c.sentences(doc)}
         assert {s for paragraph in paragraphs for s in paragraph} <= prose
 
 
@@ -427,16 +429,16 @@ def test_the_split_does_not_depend_on_the_order_of_documents(corpus_folder: Path
     file = folder / "pretrain" / "general_wikipedia.txt.xz"
     lines = lzma.decompress(file.read_bytes()).decode().splitlines()
     file.write_bytes(lzma.compress("\n".join(reversed(lines)).encode(), preset=1))
-    again = r.load_corpus(folder)
+    again = c.load_corpus(folder)
     assert set(again.documents["general_wikipedia"]) == set(corpus.documents["general_wikipedia"])
-    capped = [r.load_corpus(f, 5_000).documents["general_wikipedia"] for f in (folder, corpus_folder)]
+    capped = [c.load_corpus(f, 5_000).documents["general_wikipedia"] for f in (folder, corpus_folder)]
     assert capped[0] == capped[1]
     assert 5_000 <= sum(map(len, capped[0])) < 7_000
 
 
 # --- a broken corpus -------------------------------------------------------------------------------------------------
 
-FILES = [f"pretrain/{n}.txt.xz" for n in r.PRETRAIN_FILES] + [f"tasks/{n}.jsonl.xz" for n in r.TASK_FILES]
+FILES = [f"pretrain/{n}.txt.xz" for n in c.PRETRAIN_FILES] + [f"tasks/{n}.jsonl.xz" for n in c.TASK_FILES]
 
 
 @pytest.fixture
@@ -491,16 +493,16 @@ def test_a_line_that_is_no_row_is_named_before_training(broken: Path, tmp_path: 
     assert "is_impossible" in message
 
 
-@pytest.mark.parametrize("name", r.TASK_FILES)
+@pytest.mark.parametrize("name", c.TASK_FILES)
 def test_a_row_without_one_of_its_fields_is_named_when_it_is_loaded(broken: Path, name: str) -> None:
     file = broken / "tasks" / f"{name}.jsonl.xz"
     rows = [json.loads(line) for line in lzma.decompress(file.read_bytes()).decode().splitlines()]
-    for missing in r.TASK_FILES[name]:
+    for missing in c.TASK_FILES[name]:
         poor = {k: v for k, v in rows[1].items() if k != missing}
         lines = [json.dumps(row) for row in (rows[0], poor)]
         file.write_bytes(lzma.compress("\n".join(lines).encode(), preset=1))
         with pytest.raises(UserError, match=rf"{missing}.*{name}\.jsonl\.xz:2"):
-            r._json_rows(file, r.TASK_FILES[name])
+            c._json_rows(file, c.TASK_FILES[name])
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -510,7 +512,7 @@ def test_sentences_are_cut_where_people_end_them_and_questions_left_out() -> Non
     text = (
         "== Fever ==\nA fever is a high temperature of the body. It is then over 38.5 degrees! Go. Is a fever bad for children?"
     )
-    assert r.sentences(text) == [
+    assert c.sentences(text) == [
         "A fever is a high temperature of the body.",
         "It is then over 38.5 degrees!",
     ]
@@ -518,7 +520,7 @@ def test_sentences_are_cut_where_people_end_them_and_questions_left_out() -> Non
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=400))
 def test_sentences_are_single_lines_of_25_to_320_characters(text: str) -> None:
-    for sentence in r.sentences(text):
+    for sentence in c.sentences(text):
         assert sentence == " ".join(sentence.split())
         assert len(sentence) <= 320
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from shared import files
 from shared.errors import UserError
+from shared.files import locked
 
 
 @pytest.fixture
@@ -199,3 +200,11 @@ def test_too_little_disk_space_is_one_line_that_says_what_to_do(tmp_path: Path) 
 @pytest.mark.parametrize("folder", [Path("not/yet"), Path("/not/yet")])
 def test_enough_disk_space_is_no_error_even_for_a_folder_still_to_be_made(folder: Path) -> None:
     files.need_disk(folder, 1)
+
+
+def test_a_folder_is_held_by_one_at_a_time_and_free_afterwards(tmp_path: Path) -> None:
+    held, again = locked(tmp_path / "work", "somebody is at work"), locked(tmp_path / "work", "somebody is at work")
+    with held, pytest.raises(UserError, match="somebody is at work"), again:
+        pass
+    with locked(tmp_path / "work", "somebody is at work"):
+        pass
