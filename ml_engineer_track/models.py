@@ -48,6 +48,19 @@ def load_model(path: str, dtype: torch.dtype | None = None, variant: str = "") -
     return model.eval() if getattr(model, "quantization_method", None) else model.to(target).eval()
 
 
+def load_merged(path: str, adapter: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model with a LoRA adapter merged in. It is merged in float32: merging into rounded weights would round twice.
+
+    UserError as `load_model`, and when the adapter's matrices have other shapes than the model's.
+    """
+    from peft import PeftModel  # slow to import, and most of those who load a model merge nothing
+
+    base = load_model(path, torch.float32)
+    with _clear_errors(adapter):
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    return merged.to(dtype or compute_dtype(device()))
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left (generation continues at the right end). UserError without a chat template."""
     with _clear_errors(path):
@@ -68,6 +81,18 @@ def check_model_path(path: str) -> None:
             raise UserError("no model here (config.json is missing)", path, "MODEL takes a model folder or a hub id")
         if not list(folder.glob("*.safetensors")):
             raise UserError("no weights here (*.safetensors is missing)", path, "Only safetensors are read")
+
+
+def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, where: str) -> None:
+    """UserError when the two number any token differently: then their probabilities belong to different words."""
+    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    if ours == theirs and teacher.eos_token_id == student.eos_token_id:
+        return
+    other = sum(theirs.get(token) != number for token, number in ours.items())
+    raise UserError(
+        f"the tokenizers differ ({len(ours)} and {len(theirs)} tokens, {other} of them with another number)",
+        where, "Teacher, student and draft must share one tokenizer",
+    )  # fmt: skip
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

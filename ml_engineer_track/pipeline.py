@@ -8,7 +8,6 @@ changed; otherwise its last result is used and the line says so.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
@@ -23,43 +22,55 @@ from ml_engineer_track import report
 from ml_engineer_track.benchmark import benchmark
 from ml_engineer_track.benchmark_training import training_throughput
 from ml_engineer_track.curate import CuratedData, curate
-from ml_engineer_track.evaluate import Scores, evaluate
+from ml_engineer_track.evaluate import Scores, evaluate, evaluate_served
 from ml_engineer_track.finetune import Tuned, finetune
 from ml_engineer_track.models import check_model_path, load_model, load_tokenizer
 from ml_engineer_track.publish import Published, publish
 from ml_engineer_track.quantize import Variants, quantize
+from ml_engineer_track.serving.catalog import has_openvino
 from ml_engineer_track.train_ranker import TrainedRanker, train_ranker
-from shared.errors import UserError
-from shared.files import sha256_text, sha256_tree, write_text
+from shared.files import locked, sha256_text, sha256_tree, write_text
 from shared.handoff import set_current
+from shared.ranking import read_ranker
 from shared.settings import ROOT, Settings
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 CONTRACT = (ROOT / "shared" / "chat.py", ROOT / "shared" / "library.py")
+#: what a GGUF variant's replies depend on beside its weights
+ENGINE = tuple(
+    f"serving/{name}.py" for name in ("engine", "openvino_engine", "inprocess", "grammar", "grammar_json", "grammar_text")
+)
 
 
 def run(settings: Settings) -> Published:
     """All stages in order. Returns what was published; the report lies in `artifacts/reports/`."""
     with locked_stages(settings) as stages:
-        data = curate_stage(stages)
+        ranker = train_ranker_stage(stages)
+        data = curate_stage(stages, ranker)
         tuned = finetune_stage(stages, data)
         variants = quantize_stage(stages, tuned)
         scores = evaluate_stage(stages, data, variants)
         figures = benchmark_stage(stages, data, variants)
-        ranker = train_ranker_stage(stages)
         published = publish_stage(stages, data, tuned, variants, scores, figures, ranker)
         set_current(settings.artifacts / "models", published.version)  # also after a skip: another preset may have moved it
         report.write(report.Run(settings, data, tuned, variants, scores, figures, published, stages.seconds))
     return published
 
 
-def curate_stage(stages: Stages) -> CuratedData:
+def train_ranker_stage(stages: Stages) -> TrainedRanker:
+    """First, because it depends on the data alone and the order of the sources in every prompt depends on it."""
     s = stages.settings
-    inputs = [s.datasets, *_tokenizer_files(s)]
-    return stages.run(
-        "curate", CuratedData, lambda: curate(s), inputs, ("curate.py", "reading.py"), [s.curate.model_dump(), s.seed]
-    )
+    inputs = [s.datasets, ROOT / "shared" / "passages.py", ROOT / "shared" / "ranking.py"]
+    options = [s.seed, s.evaluate.bootstrap]
+    return stages.run("train-ranker", TrainedRanker, lambda: train_ranker(s), inputs, ("train_ranker.py",), options)
+
+
+def curate_stage(stages: Stages, ranker: TrainedRanker) -> CuratedData:
+    s = stages.settings
+    inputs, code = [s.datasets, *_tokenizer_files(s)], ("curate.py", "ordering.py", "reading.py")
+    options = [s.curate.model_dump(), s.seed]
+    return stages.run("curate", CuratedData, lambda: curate(s, read_ranker(Path(ranker.path))), inputs, code, options)
 
 
 def finetune_stage(stages: Stages, data: CuratedData) -> Tuned:
@@ -81,10 +92,15 @@ def evaluate_stage(stages: Stages, data: CuratedData, variants: Variants) -> dic
     def ask_all() -> dict[str, Scores]:
         paths = {"base": s.model_path, **variants.loadable}
         tokenizer = load_tokenizer(s.model_path)
-        return {name: evaluate(s, data, load_model(path), tokenizer, name) for name, path in paths.items()}
+        scores = {name: evaluate(s, data, load_model(path), tokenizer, name) for name, path in paths.items()}
+        if variants.served and not has_openvino():
+            names = ", ".join(variants.served)
+            print(f"  evaluate: openvino-genai is not installed; {names} published without figures", flush=True)
+            return scores
+        return scores | {name: evaluate_served(s, data, Path(path), name) for name, path in variants.served.items()}
 
-    code = ("evaluate.py", "generate.py", "models.py")
-    return stages.run("evaluate", dict[str, Scores], ask_all, [], code, s.evaluate.model_dump())
+    options = [s.evaluate.model_dump(), bool(variants.served) and has_openvino()]
+    return stages.run("evaluate", dict[str, Scores], ask_all, [], ("evaluate.py", "generate.py", "models.py", *ENGINE), options)
 
 
 def benchmark_stage(stages: Stages, data: CuratedData, variants: Variants) -> dict[str, Any]:
@@ -98,29 +114,23 @@ def benchmark_stage(stages: Stages, data: CuratedData, variants: Variants) -> di
     return stages.run("benchmark", dict[str, Any], measure_all, [], code, s.benchmark.model_dump())
 
 
-def train_ranker_stage(stages: Stages) -> TrainedRanker:
-    """The ranker depends on the data alone, so a new language model does not train it again."""
-    s = stages.settings
-    before, stages.key = stages.key, ""
-    inputs = [s.datasets, ROOT / "shared" / "passages.py", ROOT / "shared" / "ranking.py"]
-    options = [s.seed, s.evaluate.bootstrap]
-    result = stages.run("train-ranker", TrainedRanker, lambda: train_ranker(s), inputs, ("train_ranker.py",), options)
-    stages.key = sha256_text(before + stages.key)
-    return result
-
-
 def publish_stage(
     stages: Stages, data: CuratedData, tuned: Tuned, variants: Variants, scores: dict[str, Scores], figures: dict[str, Any],
     ranker: TrainedRanker,
 ) -> Published:  # fmt: skip
     s, assets = stages.settings, [Path(ranker.path)]
     inputs = [ROOT / "shared" / "handoff.py"]
-    code = ("publish.py", "serving/parity.py", "serving/engine.py", "serving/openvino_engine.py")
+    code = ("publish.py", "serving/parity.py", *ENGINE)
     return stages.run("publish", Published, lambda: publish(s, data, tuned, variants, scores, figures, assets), inputs, code, {})
 
 
 #: what each stage says when it is done: what it did, and why an engineer does it
 SAYS: dict[str, Callable[[Any], str]] = {
+    "train-ranker": lambda r: (
+        f"{r.questions:,} questions; validation leaflet recall@5 "
+        + ", ".join(f"{name} {r.figures[f'{name}/leaflet_recall@5']}".split(" [")[0] for name in ("bm25", "dense", "ranker"))
+        + ". Why: what is not found cannot be answered"
+    ),
     "curate": lambda d: (
         f"{sum(sum(c.values()) for c in d.counts.values()):,} rows as {d.version}, {sum(d.dropped.values())} dropped. "
         "Why: a model learns what the rows show, mistakes included"
@@ -142,11 +152,6 @@ SAYS: dict[str, Callable[[Any], str]] = {
         + ", ".join(f"{name} {next(iter(m['batch'].values()))['decode_throughput']:.0f}" for name, m in f["models"].items())
         + ". Why: quality without its cost is half a figure"
     ),
-    "train-ranker": lambda r: (
-        f"{r.questions:,} questions; validation leaflet recall@5 "
-        + ", ".join(f"{name} {r.figures[f'{name}/leaflet_recall@5']}".split(" [")[0] for name in ("bm25", "dense", "ranker"))
-        + ". Why: what is not found cannot be answered"
-    ),
     "publish": lambda p: f"{p.version}, every file verified, now current. Why: the product must get exactly what was measured",
 }
 
@@ -162,19 +167,26 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.key = ""
 
-    def run(self, name: str, kind: Any, work: Callable[[], T], inputs: Sequence[Path], code: Sequence[str], settings: Any) -> T:
-        """The stage's result, from this run or, when nothing it depends on changed, from the last one."""
+    def run(
+        self, name: str, kind: Any, work: Callable[[], T], inputs: Sequence[Path], code: Sequence[str], settings: Any,
+        says: Callable[[Any], str] | None = None,
+    ) -> T:  # fmt: skip
+        """The stage's result, from this run or, when nothing it depends on changed, from the last one.
+
+        `says` comes with the stages that `make ml` does not run.
+        """
         sources = sha256_tree([*(HERE / file for file in code), *CONTRACT])
         self.key = sha256_text(json.dumps([self.key, name, sha256_tree(inputs), sources, settings], default=str))
         folder, adapter = self.settings.work / name, TypeAdapter(kind)
-        place = f"[{list(SAYS).index(name) + 1}/{len(SAYS)}] {name}"
+        place = name if says else f"[{list(SAYS).index(name) + 1}/{len(SAYS)}] {name}"
+        says = says or SAYS[name]
         stamp = folder / "stamp.json"
         last = json.loads(stamp.read_text(encoding="utf-8")) if stamp.exists() else {}
         if last.get("key") == self.key and last.get("done"):
             result: T = adapter.validate_python(last["result"])
             if self.still_there(name, result):
                 self.seconds[name] = last["seconds"]
-                print(f"{place}: unchanged, skipped ({SAYS[name](result).split('. Why')[0]})", flush=True)
+                print(f"{place}: unchanged, skipped ({says(result).split('. Why')[0]})", flush=True)
                 return result
         if last.get("key") != self.key:
             shutil.rmtree(folder, ignore_errors=True)  # what lies there belongs to other inputs
@@ -184,7 +196,7 @@ class Stages:
         self.seconds[name] = time.perf_counter() - started
         done = {"key": self.key, "done": True, "seconds": self.seconds[name], "result": adapter.dump_python(result, mode="json")}
         write_text(stamp, json.dumps(done))
-        print(f"{place}: {SAYS[name](result)} ({self.seconds[name]:.0f} s)", flush=True)
+        print(f"{place}: {says(result)} ({self.seconds[name]:.0f} s)", flush=True)
         return result
 
     def still_there(self, name: str, result: Any) -> bool:
@@ -198,6 +210,8 @@ class Stages:
                 for f in result.folders.values()
             ],
             "train-ranker": lambda: [Path(result.path)],
+            "distill-student": lambda: [Path(result.folder) / "config.json"],
+            "distill-no-teacher": lambda: [Path(result.folder) / "config.json"],
             "publish": lambda: [Path(result.folder) / "manifest.json", models / "current"],
         }.get(name, list)
         return all(path.exists() for path in expected())
@@ -207,13 +221,7 @@ class Stages:
 def locked_stages(settings: Settings) -> Iterator[Stages]:
     """The stages of a run, locked: two runs in one working folder would overwrite each other, so the second is refused."""
     check_model_path(settings.model_path)
-    work = settings.work
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another run is using this working folder", str(work), "Wait for it, or set ARTIFACTS") from None
+    with locked(settings.work, "another run is using this working folder"):
         yield Stages(settings)
 
 

@@ -26,6 +26,8 @@ from ml_engineer_track.finetune import Tuned
 from ml_engineer_track.models import load_model, load_tokenizer, prompt_text, stop_token_ids
 from ml_engineer_track.progress import watched
 from ml_engineer_track.quantize import SERVED_ONLY, Variants
+from ml_engineer_track.serving import inprocess, parity
+from ml_engineer_track.serving.catalog import has_openvino
 from shared import handoff
 from shared.chat import PROMPT_VERSION
 from shared.files import need_disk, sha256_text, sha256_tree, write_text
@@ -34,7 +36,6 @@ from shared.settings import BASE_MODEL, ROOT, Settings
 
 GOLDEN_PROMPTS_PER_SKILL = 2
 GOLDEN_TOKENS = 48
-GOLDEN_CACHE_MB = 512
 #: A variant is recommended only while it keeps this share of the merged model's scores.
 KEEP = 0.97
 
@@ -67,8 +68,8 @@ def publish(
     for name, folder in watched(list(folders.items()), "publish: golden replies"):
         if name in SERVED_ONLY:
             described[name] = handoff.Variant(
-                name=name, weight_bytes=variants.weight_bytes[name], quality={}, performance={}, files={},
-                golden=golden_served(folder, tokenizer, rows),
+                name=name, weight_bytes=variants.weight_bytes[name], quality=scores[name].figures if name in scores else {},
+                performance={}, files={}, golden=golden_served(folder, tokenizer, rows),
             )  # fmt: skip
             continue
         model = load_model(str(folder))
@@ -92,12 +93,44 @@ def publish(
         context_window=context,
         stop_tokens=[tokenizer.convert_ids_to_tokens(i) for i in stops],
         stop_token_ids=stops,
-        use=recommend(scores, figures) | ({"cpu": "q8_0"} if "q8_0" in folders else {}),
+        use=recommend(scores, figures, variants.weight_bytes),
         hardware=figures["hardware"],
         variants=described,
     )
     folder = handoff.publish(manifest, folders, models, lambda aside: write_text(aside / "MODEL_CARD.md", card(manifest)), assets)
     return Published(manifest.version, str(folder))
+
+
+def add_variants(
+    published: Path, folders: dict[str, Path], described: dict[str, handoff.Variant], training: dict[str, Any]
+) -> Published:
+    """A new version: all of a published one, these variants beside (or in place of) its own, `training` added to its training.
+
+    Named by content, so adding the same again gives the same version. It becomes the current one.
+    """
+    old = handoff.verify(published)
+    kept = {name: variant for name, variant in old.variants.items() if name not in folders}
+    content = [
+        {name: [f.sha256 for f in variant.files.values()] for name, variant in kept.items()},
+        {name: sha256_tree([folder]) for name, folder in folders.items()},
+        {name: variant.model_dump(mode="json", include={"quality", "performance"}) for name, variant in described.items()},
+        {name: file.sha256 for name, file in old.assets.items()},
+    ]
+    manifest = old.model_copy(
+        update={
+            "version": f"m-{sha256_text(json.dumps(content, sort_keys=True))[:12]}",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": _commit(),
+            "training": {**old.training, **training},
+            "variants": {**kept, **described},
+            "assets": {},
+        }
+    )
+    need_disk(published, 2 * sum(v.weight_bytes for v in manifest.variants.values()))
+    copied = {name: published / name for name in kept} | folders
+    assets = [published / name for name in old.assets]
+    write_card = lambda aside: write_text(aside / "MODEL_CARD.md", card(manifest))  # noqa: E731
+    return Published(manifest.version, str(handoff.publish(manifest, copied, published.parent, write_card, assets)))
 
 
 def golden_rows(data: CuratedData) -> list[Row]:
@@ -123,17 +156,10 @@ def golden(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: lis
 
 def golden_served(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[handoff.Golden]:
     """The same from the engine that serves the variant; none where it is not installed, and then none can be compared."""
-    from ml_engineer_track.serving.catalog import Entry, Limits, build, has_openvino
-    from ml_engineer_track.serving.parity import replies
-
     if not has_openvino():
         return []
-    engine = build(Entry(folder.name, (), folder, "openvino"), Limits(cache_mb=GOLDEN_CACHE_MB)).engine
-    engine.start()
-    try:
-        found = asyncio.run(replies(engine, tokenizer, [row.messages for row in rows], GOLDEN_TOKENS))
-    finally:
-        engine.close()
+    with inprocess.started(folder) as served:
+        found = asyncio.run(parity.replies(served.engine, tokenizer, [row.messages for row in rows], GOLDEN_TOKENS))
     return [
         handoff.Golden(
             messages=row.messages, max_tokens=GOLDEN_TOKENS, token_ids=ids, reply=tokenizer.decode(ids, skip_special_tokens=True)
@@ -142,14 +168,20 @@ def golden_served(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[R
     ]
 
 
-def recommend(scores: dict[str, Scores], figures: dict[str, Any]) -> dict[str, str]:
-    """Which variant to use where: the fastest at batch 1 that keeps its quality; `bf16` on a device nobody measured."""
+def recommend(scores: dict[str, Scores], figures: dict[str, Any], weight_bytes: dict[str, int]) -> dict[str, str]:
+    """Which variant to use where: the fastest of those that keep their quality; `bf16` on a device nobody measured.
+
+    Fastest is the one with the least time per token at batch 1. On a CPU the server's engine outruns transformers on every
+    GGUF file, and the fewer bytes such a file has the more (`benchmarks/serving`), so there the smallest one comes first.
+    """
     measured = "cuda" if figures["hardware"]["gpu_info"] else "cpu"
-    good = [
-        name for name in figures["models"] if name in scores and name != "base" and keeps_quality(scores[name], scores["bf16"])
-    ]
-    fastest = min(good, key=lambda name: next(iter(figures["models"][name]["batch"].values()))["tpot"]["p50"])
-    return {"cpu": "bf16", "cuda": "bf16", measured: fastest}
+    good = [name for name in scores if name != "base" and keeps_quality(scores[name], scores["bf16"])]
+    timed = [name for name in figures["models"] if name in good]
+    fastest = min(timed, key=lambda name: next(iter(figures["models"][name]["batch"].values()))["tpot"]["p50"])
+    use = {"cpu": "bf16", "cuda": "bf16", measured: fastest}
+    if served := [name for name in good if name in SERVED_ONLY]:
+        use["cpu"] = min(served, key=lambda name: weight_bytes[name])
+    return use
 
 
 def keeps_quality(scores: Scores, reference: Scores) -> bool:

@@ -3,7 +3,7 @@
 Why an ML engineer does this: decoding is limited by how many bytes of weights move per token, and memory decides what
 fits on the device at all. NF4 (4-bit normal floats, double quantisation; Dettmers et al. 2023) needs about a quarter of
 bf16's bytes in every projection; embeddings and norms stay as they are. q8_0 and q4_0 are GGUF files (gguf_export.py), which the
-CPU engine of the server reads and transformers does not: they are served, not evaluated.
+CPU engine of the server reads and transformers does not: they are evaluated through that engine.
 
     python -m ml_engineer_track quantize [--preset tiny]
 
@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track.finetune import Tuned
 from ml_engineer_track.gguf_export import FILE_NAME, write_gguf
-from ml_engineer_track.models import load_model, load_tokenizer, weight_bytes
+from ml_engineer_track.models import load_merged, load_model, load_tokenizer, weight_bytes
 from shared.errors import UserError
 from shared.files import need_disk
 from shared.settings import Settings
@@ -42,8 +41,13 @@ class Variants:
 
     @property
     def loadable(self) -> dict[str, str]:
-        """The folders that `from_pretrained` loads: what can be evaluated and benchmarked in this process."""
+        """The folders that `from_pretrained` loads."""
         return {name: folder for name, folder in self.folders.items() if name not in SERVED_ONLY}
+
+    @property
+    def served(self) -> dict[str, str]:
+        """The folders with a GGUF file, which the server's CPU engine loads."""
+        return {name: folder for name, folder in self.folders.items() if name in SERVED_ONLY}
 
 
 def quantize(settings: Settings, tuned: Tuned) -> Variants:
@@ -71,8 +75,7 @@ def quantize(settings: Settings, tuned: Tuned) -> Variants:
 
 def merge(tuned: Tuned) -> PreTrainedModel:
     """The tuned model as one set of float32 weights."""
-    base = load_model(tuned.base, torch.float32)
-    return PeftModel.from_pretrained(base, tuned.adapter).merge_and_unload()
+    return load_merged(tuned.base, tuned.adapter, torch.float32)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -8,7 +8,7 @@ Every chart on the page is followed by the table it was drawn from. Whether a go
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from shared.settings import Settings
 #: label, key in Scores.figures; the order of every quality table
 QUALITY = (
     ("evidence F1 (grounded)", "grounded/evidence_f1"),
+    ("evidence F1 of always quoting [1]", "first_source/evidence_f1"),
     ("evidence F1 (free)", "free/evidence_f1"),
     ("citation precision (free)", "free/citation_precision"),
     ("citation recall (free)", "free/citation_recall"),
@@ -55,12 +56,13 @@ QUALITY = (
 )
 TERMINAL = (
     "grounded/evidence_f1",
+    "first_source/evidence_f1",
     "free/evidence_f1",
     "grounded/correct_refusal",
     "grounded/decision_accuracy",
     "judge/grounded_kappa",
 )
-HATCHES = ("", "//", "..", "xx", "--")
+HATCHES = ("", "//", "..", "xx", "--", "\\\\")
 LINES = ("ko-", "ks--", "k^:", "kd-.", "kx-")
 SHOWN_SAMPLES = 10
 
@@ -183,16 +185,20 @@ def glance(run: Run) -> list[tuple[str, list[str]]]:
     labels = {key: label for label, key in QUALITY}
     rows = [(labels[key], [str(s.figures.get(key, _NONE)) for s in run.scores.values()]) for key in TERMINAL]
     sizes = {"base": run.variants.weight_bytes["bf16"], **run.variants.weight_bytes}
-    models = [run.figures["models"][name] for name in run.scores]
-    batch = next(iter(models[0]["batch"]))
+    models = [run.figures["models"].get(name) for name in run.scores]  # None: a GGUF file, measured by benchmarks/serving
+    batch = next(iter(run.figures["models"]["base"]["batch"]))
+
+    def shown(value: Callable[[dict[str, Any]], str]) -> list[str]:
+        return ["-" if model is None else value(model) for model in models]
+
     return [
         *rows,
         ("weights in memory, MB", [f"{sizes[name] / 1e6:.1f}" for name in run.scores]),
-        ("on disk, MB", [_mb(m["disk_bytes"]) for m in models]),
-        ("peak process memory, MB", [_mb(m["memory"]["max_ram"]) for m in models]),
-        ("peak VRAM, MB", [_mb(m["memory"]["max_process_vram"]) for m in models]),
-        (f"ttft p50, ms (batch {batch})", [f"{1e3 * m['batch'][batch]['ttft']['p50']:.1f}" for m in models]),
-        (f"tpot p50, ms (batch {batch})", [f"{1e3 * m['batch'][batch]['tpot']['p50']:.2f}" for m in models]),
+        ("on disk, MB", [_mb(m["disk_bytes"] if m else sizes[name]) for name, m in zip(run.scores, models, strict=True)]),
+        ("peak process memory, MB", shown(lambda m: _mb(m["memory"]["max_ram"]))),
+        ("peak VRAM, MB", shown(lambda m: _mb(m["memory"]["max_process_vram"]))),
+        (f"ttft p50, ms (batch {batch})", shown(lambda m: f"{1e3 * m['batch'][batch]['ttft']['p50']:.1f}")),
+        (f"tpot p50, ms (batch {batch})", shown(lambda m: f"{1e3 * m['batch'][batch]['tpot']['p50']:.2f}")),
     ]
 
 
@@ -227,7 +233,8 @@ def quality(run: Run) -> str:
         heading("Quality on the test split")
         + paragraph(
             "Value with 95 % bootstrap interval over rows. Base and tuned get the same prompts and the same decoding. Grounded "
-            "replies are decoded under a grammar of the given sentences (decisions: of their JSON schema), free ones are not."
+            "replies are decoded under a grammar of the given sentences (decisions: of their JSON schema), free ones are not. "
+            "q8_0 and q4_0 are asked through the engine that serves them, which tells no perplexity."
         )
         + quality_chart(run.scores, [pair for pair in known if pair[1] in TERMINAL])
         + table(["metric", "rows", *map(_shown, run.scores)], rows)
@@ -316,7 +323,7 @@ def quality_chart(scores: dict[str, Scores], shown: Sequence[tuple[str, str]]) -
         below = [max(0.0, v - (e.low or 0.0)) for v, e in zip(values, estimates, strict=True)]
         above = [max(0.0, (e.high or 0.0) - v) for v, e in zip(values, estimates, strict=True)]
         places = [k + (i - (len(scores) - 1) / 2) * width for k in range(len(shown))]
-        grey, hatch = str(0.92 - 0.16 * (i % 5)), HATCHES[i % len(HATCHES)]
+        grey, hatch = str(0.94 - 0.13 * (i % len(HATCHES))), HATCHES[i % len(HATCHES)]
         axes.bar(
             places, values, width, yerr=[below, above], capsize=3, label=_shown(name), color=grey, edgecolor="black", hatch=hatch
         )

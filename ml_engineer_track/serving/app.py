@@ -3,6 +3,7 @@
     python -m ml_engineer_track serve                                     # the current version, its variant for this machine
     python -m ml_engineer_track serve --variant q8_0 --variant q4_0      # two at once; the model name selects
     python -m ml_engineer_track serve --model ml_engineer_track/base_model --port 8001    # any model folder, unpublished
+    python -m ml_engineer_track serve --model ml_engineer_track/base_model --adapter tuned=FOLDER    # with LoRA adapters by name
 
 It listens on http://127.0.0.1:8001/v1; /ready answers 200 when the models are loaded and repeat their golden replies.
 A model's name is `<model id>:<variant>`; the variant alone is understood too.
@@ -102,7 +103,7 @@ def _add_status(app: FastAPI, state: State, meters: Meters) -> None:
     async def models() -> dict[str, Any]:
         found = [
             {"id": name, "object": "model", "created": state.created, "owned_by": "two-engineers",
-             "max_model_len": served.context, "engine": served.engine.name}
+             "max_model_len": served.context, "engine": served.engine.name, "parent": served.parent}
             for name, served in state.models.items()
         ]  # fmt: skip
         embedding = {"id": EMBEDDING_MODEL, "object": "model", "created": state.created, "owned_by": "sentence-transformers"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ml_engineer_track.gguf_export import FILE_NAME, KINDS, write_gguf
 from ml_engineer_track.models import check_model_path, load_model, load_tokenizer
+from ml_engineer_track.serving.adapters import Adapter
 from ml_engineer_track.serving.completions import Served
 from ml_engineer_track.serving.engine import Engine
 from shared import handoff
@@ -40,13 +41,26 @@ class Limits:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model to serve. `aliases` are other names for it; without golden replies there is nothing to compare with."""
+    """A model to serve. `aliases` are other names for it; without golden replies there is nothing to compare with.
+
+    With `adapter`, it is that LoRA adapter on top of the model in `folder`, which is served as `parent`. With `draft`, a smaller
+    model proposes its tokens (serving/speculative.py).
+    """
 
     name: str
     aliases: tuple[str, ...]
     folder: Path
     engine: Literal["openvino", "transformers"]
     golden: tuple[Golden, ...] = ()
+    adapter: Path | None = None
+    parent: str | None = None
+    draft: Path | None = None
+
+
+def with_adapters(base: Path, adapters: Sequence[Adapter], artifacts: Path) -> list[Entry]:
+    """The base model and, under their names, the adapters on top of it."""
+    (below,) = entries(base, [], "transformers", artifacts)
+    return [below, *(replace(below, name=a.name, aliases=(), adapter=a.folder, parent=below.name) for a in adapters)]
 
 
 def entries(model: Path | None, variants: Sequence[str], engine: EngineName, artifacts: Path) -> list[Entry]:
@@ -96,6 +110,8 @@ def _plain(folder: Path, kind: str, engine: EngineName, artifacts: Path) -> Entr
     name = folder.resolve().name
     if kind and kind not in KINDS:
         raise UserError(f"no variant {kind!r}", str(folder), f"A model folder is served as one of: {', '.join(KINDS)}")
+    if kind and engine == "transformers":
+        raise UserError(f"engine transformers cannot serve variant {kind!r}", str(folder), "Leave out --variant or --engine")
     if (folder / FILE_NAME).exists():
         return Entry(name, (), folder, choose_engine(folder, engine))
     if engine == "transformers" or (engine == "auto" and not kind and (device().type == "cuda" or not has_openvino())):
@@ -141,13 +157,16 @@ def build(entry: Entry, limits: Limits) -> Served:
         from ml_engineer_track.serving.openvino_engine import OpenVinoEngine
 
         engine = OpenVinoEngine(
-            entry.folder / FILE_NAME, tokenizer, stops, limits.cache_mb, limits.max_running, limits.max_waiting
+            entry.folder / FILE_NAME, tokenizer, stops, limits.cache_mb, limits.max_running, limits.max_waiting, entry.draft
         )
     else:
         from ml_engineer_track.serving.transformers_engine import TransformersEngine
 
-        engine = TransformersEngine(str(entry.folder), tokenizer, stops, limits.cache_mb, limits.max_running, limits.max_waiting)
-    return Served(entry.name, engine, tokenizer, context_window(entry.folder))
+        adapter = str(entry.adapter) if entry.adapter else None
+        engine = TransformersEngine(
+            str(entry.folder), tokenizer, stops, limits.cache_mb, limits.max_running, limits.max_waiting, adapter
+        )
+    return Served(entry.name, engine, tokenizer, context_window(entry.folder), entry.parent)
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

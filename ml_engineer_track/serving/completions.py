@@ -30,12 +30,16 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for plain completions
 
 @dataclass(frozen=True)
 class Served:
-    """A model the server answers for. `context` is the longest prompt and reply together, in tokens."""
+    """A model the server answers for. `context` is the longest prompt and reply together, in tokens.
+
+    `parent` is the name of the base model when this one is a LoRA adapter on top of it.
+    """
 
     name: str
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     context: int
+    parent: str | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ Three things it cannot do are done around it, in the open:
   large model only from the first such request on). Elsewhere `top_logprobs` has one entry.
 * *Failed steps.* A step that raises leaves the pipeline unusable, so a new one is built and only that batch is lost.
 
+With a `draft` a smaller model proposes DRAFT_TOKENS tokens, of which a step of the large one keeps those it would have said
+itself (speculative.py). A prompt must then enter in one step: the engine (2026.4) says tokens twice when one is cut in two.
+
 A step holds Python's interpreter lock, so the HTTP side runs between steps; a step uses all cores anyway. A `seed` is
 reproducible only while nothing else is sampled: the engine has one random generator for all requests.
 """
@@ -45,6 +48,8 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 BLOCK = 32
 MAX_BATCHED_TOKENS = 512
+#: Tokens that a draft model proposes for each step.
+DRAFT_TOKENS = 4
 #: Longest prompt with choice a scored request may have: the second pipeline has a cache of its own.
 SCORED_TOKENS = 4096
 #: Up to this size of the model file the second pipeline is loaded at the start instead of stopping everybody later.
@@ -74,9 +79,11 @@ class OpenVinoEngine(Engine):
     block = BLOCK
 
     def __init__(
-        self, path: Path, tokenizer: PreTrainedTokenizerBase, stops: list[int], cache_mb: int, max_running: int, max_waiting: int
-    ) -> None:
+        self, path: Path, tokenizer: PreTrainedTokenizerBase, stops: list[int], cache_mb: int, max_running: int, max_waiting: int,
+        draft: Path | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(max_running, max_waiting)
+        self.draft = draft
         self.path, self.tokenizer, self.stops, self.cache_mb = path, tokenizer, stops, cache_mb
         self.pipeline: Any = None
         self.scorer: Any = None
@@ -94,22 +101,19 @@ class OpenVinoEngine(Engine):
 
     def do_load(self) -> None:
         self.config = AutoConfig.from_pretrained(self.path.parent)
-        blocks = max(self.cache_mb * 2**20 // self.block_bytes(), 2)
-        self.pipeline = self.load(blocks, prefix_caching=True)
-        self.capacity_tokens = (blocks - 1) * BLOCK
+        size, spare = block_bytes(self.config), 1
+        if self.draft is not None:  # it has a cache of as many blocks; proposals may take one more for each request
+            size, spare = size + block_bytes(AutoConfig.from_pretrained(self.draft)), 1 + self.max_running
+        blocks = max(self.cache_mb * 2**20 // size, spare + 1)
+        self.pipeline = self.load(blocks, prefix_caching=True, draft=self.draft)
+        self.capacity_tokens = (blocks - spare) * BLOCK
         if self.path.stat().st_size <= SMALL_FILE:
             self.scorer = self.load_scorer()
 
     def load_scorer(self) -> Any:
         return self.load(SCORED_TOKENS // BLOCK + 1, prefix_caching=False)
 
-    def block_bytes(self) -> int:
-        """Bytes of one block at two bytes a value: keys and values of BLOCK tokens in every layer."""
-        c = self.config
-        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        return int(2 * 2 * BLOCK * c.num_hidden_layers * c.num_key_value_heads * head)
-
-    def load(self, blocks: int, prefix_caching: bool) -> Any:
+    def load(self, blocks: int, prefix_caching: bool, draft: Path | None = None) -> Any:
         import openvino_genai
 
         settings = openvino_genai.SchedulerConfig()
@@ -117,8 +121,13 @@ class OpenVinoEngine(Engine):
         settings.enable_prefix_caching = prefix_caching
         settings.max_num_batched_tokens = MAX_BATCHED_TOKENS
         settings.max_num_seqs = self.max_running
+        properties = {}
+        if draft is not None:
+            settings.dynamic_split_fuse = False  # whole prompts only
+            settings.max_num_batched_tokens = max(MAX_BATCHED_TOKENS, self.config.get_text_config().max_position_embeddings)
+            properties["draft_model"] = openvino_genai.draft_model(str(draft), "CPU")
         try:
-            return openvino_genai.ContinuousBatchingPipeline(str(self.path), settings, "CPU")
+            return openvino_genai.ContinuousBatchingPipeline(str(self.path), settings, "CPU", properties)
         except RuntimeError as error:
             last = str(error).strip().splitlines()[-1][:160]
             raise UserError(f"openvino-genai cannot load the model: {last}", str(self.path), "Publish it again") from None
@@ -158,7 +167,8 @@ class OpenVinoEngine(Engine):
     def do_recover(self) -> None:
         self.to_score.clear()
         self.scorer = self.pipeline = None  # before the next is built: two at once might not fit
-        self.pipeline = self.load(self.capacity_tokens // BLOCK + 1, prefix_caching=True)
+        spare = 1 if self.draft is None else 1 + self.max_running
+        self.pipeline = self.load(self.capacity_tokens // BLOCK + spare, prefix_caching=True, draft=self.draft)
 
     def ask(self, prompt: list[int], max_tokens: int, wanted: Generation, ebnf: str | None) -> Any:
         """Queue a prompt in the pipeline; a handle to read it by."""
@@ -166,6 +176,8 @@ class OpenVinoEngine(Engine):
 
         config = self.settings(max_tokens, wanted.logprobs)
         config.ignore_eos = wanted.ignore_eos
+        if self.draft is not None:
+            config.num_assistant_tokens = DRAFT_TOKENS
         if wanted.temperature > 0:
             config.do_sample, config.temperature, config.top_p = True, wanted.temperature, wanted.top_p
             config.rng_seed = random.getrandbits(31) if wanted.seed is None else wanted.seed % 2**31
@@ -294,6 +306,12 @@ class OpenVinoEngine(Engine):
             tokens = draw(job.state, job.generation)
             cut = tokens[: job.generation.max_tokens]
             self.emit(job, cut, "stop" if len(cut) == len(tokens) else "length")
+
+
+def block_bytes(config: Any) -> int:
+    """Bytes of one block at two bytes a value: keys and values of BLOCK tokens in every layer."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * 2 * BLOCK * config.num_hidden_layers * config.num_key_value_heads * head)
 
 
 def scored(generation: Generation) -> bool:

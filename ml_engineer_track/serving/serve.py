@@ -17,8 +17,10 @@ from pathlib import Path
 import uvicorn
 
 from ml_engineer_track.serving import parity
+from ml_engineer_track.serving.adapters import Adapter, base_of
 from ml_engineer_track.serving.app import State, create_app
-from ml_engineer_track.serving.catalog import EngineName, Entry, Limits, build, entries
+from ml_engineer_track.serving.catalog import EngineName, Entry, Limits, build, entries, with_adapters
+from ml_engineer_track.serving.speculative import with_draft
 from shared.errors import UserError
 
 DRAIN_SECONDS = 10
@@ -27,10 +29,16 @@ BACKLOG = 2048
 
 
 def serve(
-    model: Path | None, variants: Sequence[str], engine: EngineName, host: str, port: int, artifacts: Path, limits: Limits
-) -> None:
+    model: Path | None, variants: Sequence[str], adapters: Sequence[Adapter], engine: EngineName, host: str, port: int,
+    artifacts: Path, limits: Limits, draft: str | None = None,
+) -> None:  # fmt: skip
     """Serve until a signal comes. UserError when there is nothing to serve, the port is taken, or the parity check fails."""
-    found = entries(model, variants, engine, artifacts)
+    if adapters:
+        found = with_adapters(base_of(adapters, model, variants, engine), adapters, artifacts)
+    else:
+        found = entries(model, variants, engine, artifacts)
+    if draft:
+        found = with_draft(found, draft, artifacts)
     taken = listen(host, port)
     state = State()
     problems: list[UserError] = []

@@ -25,7 +25,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestStatus
 
-from ml_engineer_track.models import load_model
+from ml_engineer_track.models import load_merged, load_model
 from ml_engineer_track.serving.engine import Engine, Generation, Job, Token
 from ml_engineer_track.serving.openvino_engine import check_lark, compiler
 
@@ -47,16 +47,20 @@ class Row:
 
 
 class TransformersEngine(Engine):
-    """`path` is a model folder as `from_pretrained` takes it. UserError when it cannot be loaded."""
+    """`path` is a model folder as `from_pretrained` takes it, `adapter` a LoRA adapter to merge into it.
+
+    UserError when it cannot be loaded.
+    """
 
     name = "transformers"
     block = PAGE
 
     def __init__(
-        self, path: str, tokenizer: PreTrainedTokenizerBase, stops: list[int], cache_mb: int, max_running: int, max_waiting: int
-    ) -> None:
+        self, path: str, tokenizer: PreTrainedTokenizerBase, stops: list[int], cache_mb: int, max_running: int, max_waiting: int,
+        adapter: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(max_running, max_waiting)
-        self.path, self.tokenizer, self.stops, self.cache_mb = path, tokenizer, stops, cache_mb
+        self.path, self.tokenizer, self.stops, self.cache_mb, self.adapter = path, tokenizer, stops, cache_mb, adapter
         self.rows: dict[str, Row] = {}
         self.jobs: dict[str, Job] = {}
         self.number = 0
@@ -66,7 +70,7 @@ class TransformersEngine(Engine):
             check_lark(generation.constraint.lark, compiler(self.tokenizer, self.config.vocab_size))
 
     def do_load(self) -> None:
-        self.model = load_model(self.path)
+        self.model = load_merged(self.path, self.adapter) if self.adapter else load_model(self.path)
         self.config = self.model.config.get_text_config()
         c = self.config
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

@@ -19,35 +19,55 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from ml_engineer_track.models import load_tokenizer, prompt_text
+from ml_engineer_track.serving.adapters import Adapter, base_of
 from shared import handoff
 from shared.errors import UserError
 from shared.handoff import Golden
 
 START_SECONDS = 600.0
+#: The values `--max-lora-rank` takes; its default of 16 would refuse larger adapters.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def serve_with_vllm(model: Path | None, variants: Sequence[str], host: str, port: int, artifacts: Path) -> None:
+def serve_with_vllm(
+    model: Path | None, variants: Sequence[str], adapters: Sequence[Adapter], host: str, port: int, artifacts: Path
+) -> None:
     """Run vLLM until it ends. UserError when it is not installed, stops early, or answers other than the golden replies."""
     program = shutil.which("vllm")
     if program is None:
         raise UserError("vllm is not installed", "PATH", "Install it in an environment of its own; serving/vllm.py says how")
-    folder = model or handoff.current(artifacts / "models")
-    manifest = handoff.verify(folder)
-    variant = variants[0] if variants else "bf16"
-    if len(variants) > 1 or variant not in manifest.variants:
-        raise UserError("vllm serves one variant", str(folder), f"Give one of: {', '.join(manifest.variants)}")
-    name = f"{manifest.model_id}:{variant}"
-    command = [program, "serve", str(folder / variant), "--host", host, "--port", str(port), "--served-model-name", name, variant]
-    process = subprocess.Popen(command)
+    golden: Sequence[Golden] = ()
+    if adapters:
+        weights = base_of(adapters, model, variants, "vllm")
+        names = [weights.resolve().name]
+    else:
+        folder = model or handoff.current(artifacts / "models")
+        manifest = handoff.verify(folder)
+        variant = variants[0] if variants else "bf16"
+        if len(variants) > 1 or variant not in manifest.variants:
+            raise UserError("vllm serves one variant", str(folder), f"Give one of: {', '.join(manifest.variants)}")
+        weights, names = folder / variant, [f"{manifest.model_id}:{variant}", variant]
+        golden = manifest.variants[variant].golden
+    process = subprocess.Popen([program, *arguments(weights, names, adapters, host, port)])
     try:
         url = f"http://{host}:{port}"
         _wait(process, url)
-        check(url, name, load_tokenizer(str(folder / variant)), manifest.variants[variant].golden)
+        check(url, names[0], load_tokenizer(str(weights)), golden)
         print("ready", flush=True)
         process.wait()
     finally:
         process.terminate()
         process.wait()
+
+
+def arguments(weights: Path, names: Sequence[str], adapters: Sequence[Adapter], host: str, port: int) -> list[str]:
+    """What follows `vllm` on the command line."""
+    words = ["serve", str(weights), "--host", host, "--port", str(port), "--served-model-name", *names]
+    if adapters:
+        rank = max(adapter.rank for adapter in adapters)
+        room = next((allowed for allowed in LORA_RANKS if allowed >= rank), rank)
+        words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", *(f"{a.name}={a.folder}" for a in adapters)]
+    return words
 
 
 def check(url: str, name: str, tokenizer: PreTrainedTokenizerBase, golden: Sequence[Golden]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track import evaluate as ev
 from ml_engineer_track.curate import CuratedData, Row
-from ml_engineer_track.models import load_model, prompt_text
+from ml_engineer_track.models import load_model, load_tokenizer, prompt_text
+from ml_engineer_track.quantize import save_gguf
 from shared.chat import ACTIONS, NOT_ANSWERED, Source
-from shared.settings import Settings
+from shared.settings import BASE_MODEL, Settings
 
 SOURCES = [
     Source(id="a", heading="", text="Rest in bed and drink plenty of water."),
@@ -134,7 +136,8 @@ def test_a_sample_of_more_rows_than_there_are_is_all_of_them() -> None:
 ANSWER = {"evidence_f1", "answer_rate", "correct_refusal", "citation_precision", "citation_recall"}
 DECIDE = {"decision_accuracy", *(f"decision_accuracy_{action}" for action in ACTIONS)}
 JUDGE = {f"judge/{rubric}_{kind}" for rubric in ("grounded", "safe", "helpful") for kind in ("kappa", "accuracy")}
-KEYS = {f"{d}/{m}" for d in ("free", "grounded") for m in ANSWER | DECIDE} | JUDGE | {"free/json_validity", "perplexity"}
+KEYS = {f"{d}/{m}" for d in ("free", "grounded") for m in ANSWER | DECIDE} | JUDGE
+KEYS |= {"first_source/evidence_f1", "free/json_validity", "perplexity"}
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +200,25 @@ def test_perplexity_is_that_of_the_right_replies(
         total += float(F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))
         tokens += len(reply)
     assert scores.figures["perplexity"].value == pytest.approx(math.exp(total / tokens), rel=0.02)  # bf16 where it is fast
+
+
+def test_a_gguf_variant_is_asked_the_same_through_the_engine_that_serves_it(
+    small_settings: Settings, small_data: CuratedData, tmp_path: Path
+) -> None:
+    """F16 rounds as good as nothing, so the bundled model says what it says in transformers; near ties may fall otherwise."""
+    pytest.importorskip("openvino_genai")
+    few = small_settings.evaluate.model_copy(update={"answer_rows": 6, "other_rows": 4, "max_new_tokens": 40})
+    settings = small_settings.model_copy(update={"evaluate": few})
+    model, tokenizer = load_model(str(BASE_MODEL), torch.float32), load_tokenizer(str(BASE_MODEL))
+    save_gguf(model, tokenizer, tmp_path / "f16", "f16")
+    served = ev.evaluate_served(settings, small_data, tmp_path / "f16", "f16")
+    loaded = ev.evaluate(settings, small_data, model, tokenizer, "base")
+    assert set(served.figures) == KEYS - {"perplexity"}
+    assert served.figures["grounded/citation_precision"].value in (None, 1.0)
+    for decoding in ("free", "grounded"):
+        pairs = [(a, b) for a, b in zip(served.samples, loaded.samples, strict=True) if a["decoding"] == decoding]
+        assert all(a["id"] == b["id"] for a, b in pairs)
+        assert sum(a["reply"] == b["reply"] for a, b in pairs) >= 0.75 * len(pairs)
 
 
 def test_a_model_is_left_in_eval_mode(

@@ -29,7 +29,7 @@ from shared.metrics import Estimate
 from shared.settings import OVERRIDES, ROOT, Settings, load_settings
 
 MakeSettings = Callable[..., Settings]
-STAGES = ["curate", "finetune", "quantize", "evaluate", "benchmark", "train-ranker", "publish"]
+STAGES = ["train-ranker", "curate", "finetune", "quantize", "evaluate", "benchmark", "publish"]
 
 
 # --- one stage at a time ---------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def quick(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> Setti
         file.write_text("x", encoding="utf-8")
         return file.parent
 
-    def curated(_: Settings) -> CuratedData:
+    def curated(*_: Any) -> CuratedData:
         return CuratedData("d-1", leave(settings.artifacts / "data" / "d-1" / "train.jsonl"), {"train": {"answer": 1}}, {})
 
     def tuned(*_: Any) -> Tuned:
@@ -202,6 +202,7 @@ def quick(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> Setti
         "benchmark": lambda _, folders: {"models": {name: {"batch": {"1": {"decode_throughput": 9}}} for name in folders}},
         "training_throughput": lambda *_: {"ratio": 1.5},
         "train_ranker": ranked,
+        "read_ranker": lambda path: None,
         "publish": published,
     }
     for name, done in work_of.items():
@@ -228,8 +229,8 @@ def skipped(output: str) -> dict[str, bool]:
 
 
 def redone_from(first: str) -> dict[str, bool]:
-    """Which stages are skipped: those before, and the ranker, which depends on the data alone."""
-    return {name: STAGES.index(name) < STAGES.index(first) or name == "train-ranker" != first for name in STAGES}
+    """Which stages are skipped: those before."""
+    return {name: STAGES.index(name) < STAGES.index(first) for name in STAGES}
 
 
 def test_a_first_run_does_every_stage_and_a_second_one_none(quick: Settings, run: Callable[[Settings], dict[str, bool]]) -> None:
@@ -253,6 +254,30 @@ def test_a_changed_setting_redoes_its_stage_and_those_after_it(
     run(quick)
     changed = quick.model_copy(update={stage: getattr(quick, stage).model_copy(update=change)})
     assert run(changed) == redone_from(stage)
+
+
+def test_served_variants_are_evaluated_where_their_engine_is_installed(
+    quick: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = Estimate(value=0.25, low=0.2, high=0.3, n=9)
+    loaded = p.quantize
+
+    def quantized(*given: Any) -> Variants:
+        variants = loaded(*given)
+        return Variants({**variants.folders, "q8_0": variants.folders["nf4"]}, {**variants.weight_bytes, "q8_0": 1})
+
+    monkeypatch.setattr(p, "quantize", quantized)
+    monkeypatch.setattr(p, "evaluate_served", lambda s, d, folder, name: Scores(name, {"grounded/evidence_f1": figure}, []))
+    monkeypatch.setattr(p, "has_openvino", lambda: False)
+    p.run(quick)
+    printed = capsys.readouterr().out
+    assert "openvino-genai is not installed; q8_0 published without figures" in printed
+    assert "evidence F1 base 0.50, bf16 0.50, nf4 0.50. Why" in printed
+    monkeypatch.setattr(p, "has_openvino", lambda: True)  # installed since: what was left out is done
+    p.run(quick)
+    printed = capsys.readouterr().out
+    assert skipped(printed) == redone_from("evaluate")
+    assert "evidence F1 base 0.50, bf16 0.50, nf4 0.50, q8_0 0.25. Why" in printed
 
 
 def test_a_changed_sentence_redoes_everything(quick: Settings, run: Callable[[Settings], dict[str, bool]]) -> None:
@@ -417,7 +442,7 @@ def test_a_run_that_failed_or_was_killed_does_not_lock_the_next_one_out(prepared
 
 
 def test_a_full_disk_is_one_line(prepared: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def full(_: Settings) -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "/disk/file")
 
     monkeypatch.setattr(p, "curate", full)
@@ -427,7 +452,7 @@ def test_a_full_disk_is_one_line(prepared: Settings, monkeypatch: pytest.MonkeyP
 def test_ctrl_c_says_how_to_go_on(
     prepared: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(_: Settings) -> None:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(p, "curate", interrupted)
@@ -443,7 +468,7 @@ def test_results_before_any_run_are_refused(
 
 
 def test_a_bug_of_ours_keeps_its_traceback(prepared: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(p, "curate", lambda _: 1 / 0)
+    monkeypatch.setattr(p, "curate", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["ml_engineer_track", "run"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
@@ -512,7 +537,8 @@ def test_the_smoke_preset_runs_from_leaflets_to_a_published_model(
     assert manifest.variants["nf4"].weight_bytes < manifest.variants["bf16"].weight_bytes
     facts = json.loads((folder / "artifacts" / "reports" / "ml.json").read_text(encoding="utf-8"))
     assert facts["version"] == manifest.version
-    assert set(facts["quality"]) == {"base", "bf16", "nf4"}
+    assert set(facts["quality"]) == {"base", "bf16", "nf4", "q8_0"}
+    assert manifest.variants["q8_0"].quality.keys() == manifest.variants["nf4"].quality.keys() - {"perplexity"}
     page = (folder / "artifacts" / "reports" / "ml.html").read_text(encoding="utf-8")
     assert manifest.version in page
     assert page.rstrip().endswith("</html>")
@@ -526,10 +552,10 @@ def test_the_results_of_the_run_are_printed_for_the_readme(
     monkeypatch.setattr(sys, "argv", ["ml_engineer_track", "results"])
     assert cli.main() == 0
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert tables[0] == "| | base | tuned (bf16) | nf4 |"
+    assert tables[0] == "| | base | tuned (bf16) | nf4 | q8_0 |"
     assert "| goal | measured | reached |" in tables
     columns = [line.count("|") for line in tables]
-    assert sorted(set(columns)) == [4, 5]
+    assert sorted(set(columns)) == [4, 6]
 
 
 @pytest.mark.slow

@@ -203,9 +203,25 @@ def test_the_fastest_variant_that_keeps_its_quality_is_recommended() -> None:
               "int8": scores_of("int8", 0.7)}  # fmt: skip
     times = {"base": 0.1, "bf16": 0.5, "nf4": 0.3, "int8": 0.2}
     # the base is not for use, int8 lost more than 3 % of its quality
-    assert pub.recommend(scores, figures_of(times)) == {"cpu": "nf4", "cuda": "bf16"}
-    assert pub.recommend(scores, figures_of(times, gpu="H200")) == {"cpu": "bf16", "cuda": "nf4"}
-    assert pub.recommend(scores, figures_of(times | {"nf4": 0.6})) == {"cpu": "bf16", "cuda": "bf16"}
+    assert pub.recommend(scores, figures_of(times), {}) == {"cpu": "nf4", "cuda": "bf16"}
+    assert pub.recommend(scores, figures_of(times, gpu="H200"), {}) == {"cpu": "bf16", "cuda": "nf4"}
+    assert pub.recommend(scores, figures_of(times | {"nf4": 0.6}), {}) == {"cpu": "bf16", "cuda": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("q8_0", "q4_0", "chosen"),
+    [(0.8, 0.8, "q4_0"), (0.8, 0.7, "q8_0"), (0.7, 0.8, "q4_0"), (0.7, 0.7, "bf16"), (None, None, "bf16")],
+)
+def test_a_cpu_gets_the_smallest_served_variant_that_keeps_its_quality(
+    q8_0: float | None, q4_0: float | None, chosen: str
+) -> None:
+    """Without figures (no openvino-genai here) a variant is not recommended."""
+    values = {"base": 0.9, "bf16": 0.8, "nf4": 0.7, "q8_0": q8_0, "q4_0": q4_0}
+    scores = {name: scores_of(name, value) for name, value in values.items() if value is not None}
+    figures, sizes = figures_of({"base": 0.1, "bf16": 0.5, "nf4": 0.3}), {"bf16": 18, "nf4": 8, "q8_0": 10, "q4_0": 6}
+    assert pub.recommend(scores, figures, sizes) == {"cpu": chosen, "cuda": "bf16"}
+    measured_on_gpu = {"hardware": {"gpu_info": "H200"}, "models": figures["models"]}
+    assert pub.recommend(scores, measured_on_gpu, sizes) == {"cpu": chosen, "cuda": "bf16"}
 
 
 @pytest.mark.parametrize(("value", "kept"), [(0.5, True), (0.485, True), (0.484, False), (0.6, True)])
@@ -220,7 +236,7 @@ def test_the_recommendation_is_for_the_first_batch_size_that_was_measured() -> N
         "nf4": {"batch": {"4": {"tpot": {"p50": 0.3}}, "8": {"tpot": {"p50": 0.9}}}},
     }
     figures = {"hardware": {"gpu_info": None}, "models": models}
-    assert pub.recommend({name: scores_of(name, 0.5) for name in models}, figures)["cpu"] == "nf4"
+    assert pub.recommend({name: scores_of(name, 0.5) for name in models}, figures, {})["cpu"] == "nf4"
 
 
 def test_the_base_model_is_named_with_its_licence(make_settings: Callable[..., Settings]) -> None:
