@@ -5,7 +5,6 @@ A stage that needs an earlier one takes that one's last result and says so when 
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from dataclasses import asdict
@@ -14,11 +13,11 @@ from typing import Annotated
 
 import typer
 
+from shared.commandline import run_app
 from shared.errors import UserError
 from shared.settings import BASE_MODEL, load_settings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-STOPPED = 130
 Preset = Annotated[str | None, typer.Option(help="a file of ml_engineer_track/presets (default: PRESET, else tiny)")]
 Model = Annotated[str | None, typer.Option(help="hub id or folder of a causal LM (default: MODEL, else the preset's)")]
 Method = Annotated[str | None, typer.Option(help="lora or qlora (default: METHOD, else the preset's)")]
@@ -26,7 +25,7 @@ Method = Annotated[str | None, typer.Option(help="lora or qlora (default: METHOD
 
 @app.command()
 def run(preset: Preset = None, model: Model = None, method: Method = None) -> None:
-    """All stages: curate, finetune, quantize, evaluate, benchmark, train-ranker, publish, report."""
+    """All stages: train-ranker, curate, finetune, quantize, evaluate, benchmark, publish, report."""
     from ml_engineer_track import pipeline
 
     pipeline.run(load_settings(preset, model=model, method=method))
@@ -38,7 +37,7 @@ def curate(preset: Preset = None, model: Model = None) -> None:
     from ml_engineer_track import pipeline as p
 
     with p.locked_stages(load_settings(preset, model=model)) as stages:
-        print(json.dumps(asdict(p.curate_stage(stages)), indent=2, default=str))
+        print(json.dumps(asdict(p.curate_stage(stages, p.train_ranker_stage(stages))), indent=2, default=str))
 
 
 @app.command()
@@ -47,7 +46,7 @@ def finetune(preset: Preset = None, model: Model = None, method: Method = None) 
     from ml_engineer_track import pipeline as p
 
     with p.locked_stages(load_settings(preset, model=model, method=method)) as stages:
-        tuned = p.finetune_stage(stages, p.curate_stage(stages))
+        tuned = p.finetune_stage(stages, p.curate_stage(stages, p.train_ranker_stage(stages)))
     print(f"adapter: {tuned.adapter}")
 
 
@@ -57,8 +56,22 @@ def quantize(preset: Preset = None, model: Model = None, method: Method = None) 
     from ml_engineer_track import pipeline as p
 
     with p.locked_stages(load_settings(preset, model=model, method=method)) as stages:
-        variants = p.quantize_stage(stages, p.finetune_stage(stages, p.curate_stage(stages)))
+        variants = p.quantize_stage(stages, p.finetune_stage(stages, p.curate_stage(stages, p.train_ranker_stage(stages))))
     print(json.dumps(variants.folders, indent=2))
+
+
+@app.command()
+def distill(
+    preset: Preset = None,
+    model: Model = None,
+    teacher: Annotated[str | None, typer.Option(help="a version or model folder (default: the current version)")] = None,
+    student: Annotated[str, typer.Option(help="sliced (cut out of the teacher), or a model to start from")] = "sliced",
+    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="only the student that is trained without a teacher")] = False,
+) -> None:
+    """Train a student of at most a third of the size, measure it beside its teacher, publish it as a variant."""
+    from ml_engineer_track import distill_pipeline as d
+
+    d.run(load_settings(preset, model=model), teacher, student, taught=not no_teacher)
 
 
 @app.command()
@@ -66,14 +79,20 @@ def evaluate(preset: Preset = None, path: Annotated[str, typer.Option(help="mode
     """Score any model on the test split (default: the preset's base model)."""
     from ml_engineer_track import evaluate as e
     from ml_engineer_track import pipeline as p
+    from ml_engineer_track.gguf_export import FILE_NAME
     from ml_engineer_track.models import check_model_path, load_model, load_tokenizer
+    from ml_engineer_track.serving.catalog import choose_engine
 
     settings = load_settings(preset)
     path = path or settings.model_path
-    check_model_path(path)
+    served = (Path(path) / FILE_NAME).exists()
+    choose_engine(Path(path), "openvino") if served else check_model_path(path)
     with p.locked_stages(settings) as stages:
-        data = p.curate_stage(stages)
-    scores = e.evaluate(settings, data, load_model(path), load_tokenizer(path), path)
+        data = p.curate_stage(stages, p.train_ranker_stage(stages))
+    if served:
+        scores = e.evaluate_served(settings, data, Path(path), path)
+    else:
+        scores = e.evaluate(settings, data, load_model(path), load_tokenizer(path), path)
     print(json.dumps({key: figure.model_dump() for key, figure in scores.figures.items()}, indent=2))
 
 
@@ -152,6 +171,10 @@ def serve(
         Path | None, typer.Option(help="a published version or a model folder (default: the current version)")
     ] = None,
     variant: Annotated[list[str] | None, typer.Option(help="again for several at once (default: the manifest's choice)")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: a LoRA adapter of the base model in --model")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="a variant or folder: a small model that proposes tokens (CPU engine)")
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino, transformers or vllm")] = "auto",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8001,
@@ -160,46 +183,26 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=0, help="requests in the queue; the rest gets 429")] = 512,
 ) -> None:
     """Serve a model over OpenAI's HTTP API."""
+    from ml_engineer_track.serving import adapters
     from ml_engineer_track.serving.catalog import Limits
     from ml_engineer_track.serving.serve import serve as run_server
     from ml_engineer_track.serving.vllm import serve_with_vllm
 
     artifacts = load_settings("tiny").artifacts
+    loras = adapters.read(adapter or [])
+    if draft and engine == "vllm":
+        raise UserError("--draft works with the CPU engine, not with vllm", "--engine", "Leave one of them out")
     if engine == "vllm":
-        return serve_with_vllm(model, variant or [], host, port, artifacts)
+        return serve_with_vllm(model, variant or [], loras, host, port, artifacts)
     if engine not in ("auto", "openvino", "transformers"):
         raise UserError(f"unknown engine {engine!r}", "--engine", "Use auto, openvino, transformers or vllm")
-    return run_server(model, variant or [], engine, host, port, artifacts, Limits(cache_mb, max_running, max_waiting))  # type: ignore[arg-type]
+    limits = Limits(cache_mb, max_running, max_waiting)
+    return run_server(model, variant or [], loras, engine, host, port, artifacts, limits, draft)  # type: ignore[arg-type]
 
 
 def main() -> int:
-    """Run a command; a user's mistake, a full disk or a lost GPU becomes one line and exit status 2."""
-    try:
-        if app(standalone_mode=False) == STOPPED:  # typer turns Ctrl-C into this
-            raise KeyboardInterrupt
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
-        return STOPPED
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"error: the disk is full while writing {error.filename or ''}. Free some space or set ARTIFACTS", file=sys.stderr)
-    except typer.Exit as leaving:
-        return leaving.exit_code
-    except RuntimeError as error:
-        if "CUDA error" not in str(error):
-            raise
-        first = str(error).splitlines()[0]
-        print(f"error: the GPU stopped answering ({first}). Run the same command again to resume", file=sys.stderr)
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("click", "typer"):
-            raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        print(f"error: {message}", file=sys.stderr)
-    return 2
+    """Run a command; see `run_app` for how it ends."""
+    return run_app(app, "stopped; run the same command again to go on from the last checkpoint")
 
 
 if __name__ == "__main__":

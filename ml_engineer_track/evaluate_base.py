@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ml_engineer_track.corpus import Corpus, load_corpus, sentences
 from ml_engineer_track.generate import generate
 from ml_engineer_track.models import load_model, load_tokenizer, prompt_text
 from ml_engineer_track.ngram import NGram
 from ml_engineer_track.progress import progress
-from ml_engineer_track.reading import Corpus, load_corpus, sentences
 from shared import chat
 from shared.files import write_json, write_text
 from shared.hardware import fingerprint

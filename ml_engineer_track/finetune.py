@@ -23,7 +23,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ from ml_engineer_track.models import load_model, load_tokenizer, prompt_text, wi
 from ml_engineer_track.progress import progress
 from shared.chat import choices
 from shared.errors import UserError
-from shared.files import need_disk, write_json
+from shared.files import need_disk, replace_folder, write_json
 from shared.hardware import compute_dtype, device, matmul_peak, synchronize
 from shared.settings import Finetune, Settings
 
@@ -244,6 +243,15 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
 
 def reply_losses(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
     """Weighted sum of the cross-entropy over reply tokens (nats), and the sum of the weights."""
+    logits = reply_logits(model, batch)
+    labels = batch.labels[:, -batch.keep :]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+    weights = batch.weights[:, -batch.keep :].flatten()
+    return (losses * weights).sum(), float(weights.sum())
+
+
+def reply_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits (rows, keep, vocab) of the last `keep` tokens, each from the position before it."""
     target = batch.ids.device
     dtype = compute_dtype(target)
     positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
@@ -251,10 +259,7 @@ def reply_losses(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, fl
         logits = model(
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=False, logits_to_keep=batch.keep + 1
         ).logits
-    labels = batch.labels[:, -batch.keep :]
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
-    weights = batch.weights[:, -batch.keep :].flatten()
-    return (losses * weights).sum(), float(weights.sum())
+    return logits[:, :-1]
 
 
 def backward(model: torch.nn.Module, batch: Batch, pieces: int) -> tuple[float, int]:
@@ -273,7 +278,7 @@ def backward(model: torch.nn.Module, batch: Batch, pieces: int) -> tuple[float, 
                 loss += float(summed.detach())
             return loss / total, pieces
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             model.zero_grad(set_to_none=True)
             if pieces >= len(batch.ids):
@@ -326,7 +331,7 @@ class _State:
         self.looks_without_gain = 0 if loss < self.best else self.looks_without_gain + 1
         if loss < self.best:
             self.best = loss
-            _replace(work / "best", lambda folder: model.save_pretrained(folder))
+            replace_folder(work / "best", lambda folder: model.save_pretrained(folder))
 
     def save(self, model: PeftModel, optimizer: torch.optim.Optimizer, work: Path) -> None:
         def write(folder: Path) -> None:
@@ -334,13 +339,13 @@ class _State:
             torch.save(optimizer.state_dict(), folder / "optimizer.pt")
             write_json(folder / "state.json", vars(self))
 
-        _replace(work / "checkpoint", write)
+        replace_folder(work / "checkpoint", write)
 
     @classmethod
     def resume(cls, model: PeftModel, optimizer: torch.optim.Optimizer, work: Path) -> _State:
         """The state of the last whole checkpoint, model and optimiser put back; a fresh one when there is none."""
         state = cls()
-        # A kill between the two renames of `_replace` leaves the last checkpoint under its old name.
+        # A kill between the two renames of `replace_folder` leaves the last checkpoint under its old name.
         folder = next((f for f in (work / "checkpoint", work / "checkpoint.old") if (f / "state.json").exists()), None)
         if folder is None:
             return state
@@ -350,24 +355,11 @@ class _State:
         return state
 
 
-def _replace(folder: Path, write: Any) -> None:
-    """Write a folder aside and swap it in; a kill at any moment leaves the old or the new one whole."""
-    aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_adapter_config(model: PeftModel, folder: Path) -> None:
     if not folder.exists():
-        _replace(folder, lambda f: model.save_pretrained(f))
+        replace_folder(folder, lambda f: model.save_pretrained(f))
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
     text = str(error).lower()
     return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text

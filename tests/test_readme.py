@@ -20,11 +20,12 @@ PAGES = [
     ROOT / "datasets" / "README.md",
 ]
 #: commands that would start this very test run again, rewrite a file under version control, or run until they are stopped
-NOT_RUN = ("make test", "pytest ", "python -m shared.datasheet", "make serve", "ai_engineer_track serve", "make demo")
+NOT_RUN = ("make test", "pytest ", "python -m shared.datasheet", "make serve", "engineer_track serve", "make demo")
 #: the commands of the AI track need what `make ml` published, or load the embedding model
 SLOW = (
     "make ml",
     "make ai",
+    "make distill",
     "ml_engineer_track run",
     "ml_engineer_track evaluate",
     "ml_engineer_track benchmark",
@@ -45,7 +46,7 @@ def run(command: str, artifacts: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PRESET": "smoke", "ARTIFACTS": str(artifacts), "PYTHON": sys.executable}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     # `make` would set up .venv first; these tests already run in an environment that has everything.
-    command = re.sub(r"\bmake (ml|ai)\b", rf"make \1 VENV={Path(sys.executable).parent.parent}", command)
+    command = re.sub(r"\bmake (ml|ai|distill)\b", rf"make \1 VENV={Path(sys.executable).parent.parent}", command)
     return subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

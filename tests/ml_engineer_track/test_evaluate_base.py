@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track import evaluate_base as eb
+from ml_engineer_track.corpus import Corpus, sentences
 from ml_engineer_track.evaluate_base import Item
-from ml_engineer_track.reading import Corpus, sentences
 from ml_engineer_track.ship_base import ship
 
 DATA = ("medquad", "squad")

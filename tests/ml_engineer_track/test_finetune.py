@@ -25,6 +25,7 @@ from ml_engineer_track.models import load_model, prompt_text, without_cpu_fast_p
 from shared.chat import NOT_ANSWERED, Source, answer_messages, answer_text, follow_up
 from shared.errors import UserError
 from shared.settings import ROOT, Settings
+from tests.ml_engineer_track.conftest import RANKER
 
 MakeSettings = Callable[..., Settings]
 
@@ -348,7 +349,7 @@ def settings(make_settings: MakeSettings, small_datasets: Path) -> Settings:
 
 @pytest.fixture
 def data(settings: Settings) -> CuratedData:
-    return curate(settings)
+    return curate(settings, RANKER)
 
 
 def elsewhere(settings: Settings, folder: Path) -> Settings:
@@ -393,7 +394,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_losses_of_an_untroubled_one(
 def test_a_kill_between_the_two_renames_of_a_checkpoint_costs_no_step(
     settings: Settings, data: CuratedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`_replace` promises that a kill at any moment leaves the old or the new checkpoint whole."""
+    """`replace_folder` promises that a kill at any moment leaves the old or the new checkpoint whole."""
     real = Path.rename
 
     def killed(self: Path, target: Path) -> Path:
@@ -419,7 +420,7 @@ def test_a_second_kill_while_the_next_checkpoint_is_written_leaves_the_old_one_w
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ft._replace(tmp_path / "checkpoint", killed)
+        ft.replace_folder(tmp_path / "checkpoint", killed)
     assert list(tmp_path.glob("checkpoint*/state.json"))
 
 
