@@ -36,7 +36,8 @@ class State(TypedDict, total=False):
     """What a checkpoint holds, as plain data. `message` is the newest one; `opening` began the problem it is about.
 
     `replies` are answers to questions back, in order; `question` the one that waits; `facts` what is remembered of the
-    session; `last` the leaflet of the last answer; `reading` what a role notes for the next one; `turn` the result.
+    session; `last` the leaflet of the last answer; `reading` what a role notes for the next one; `warning` what stands above this
+    turn; `turn` the result.
     """
 
     message: str
@@ -46,6 +47,7 @@ class State(TypedDict, total=False):
     facts: list[dict[str, str]]
     last: str
     reading: dict[str, Any]
+    warning: dict[str, Any]
     next: str
     turn: dict[str, Any]
 
@@ -132,7 +134,15 @@ async def run_turn(
             )
         else:
             turn = Turn.model_validate(state["turn"])
-        return turn.model_copy(update={"trace": recorder.steps, "cost": recorder.cost})
+        warning = state.get("warning") or {}
+        return turn.model_copy(
+            update={
+                "trace": recorder.steps,
+                "cost": recorder.cost,
+                "warning": warning.get("text", ""),
+                "sign": turn.sign or warning.get("sign"),
+            }
+        )
 
 
 async def forget(agent: CompiledStateGraph[Any, Any, Any, Any], session_id: str) -> None:

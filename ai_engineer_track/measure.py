@@ -2,7 +2,6 @@
 
 Why an AI engineer does this beside the conversations: a wrong answer has one of six causes, and only figures of the parts say
 which one to mend. The thresholds inside the parts were chosen on training and validation rows; here nothing is chosen.
-The exception is triage: its test messages were read while it was being improved (see the README).
 
     python -m ai_engineer_track measure
 """

@@ -256,7 +256,7 @@ _GENERAL = re.compile(
     r"\b(what (are|is|does)|which|how (do|can|long|many|much|often|does|soon)|why|when (should|do|does|is|would)"
     r"|difference between|signs of"
     r"|if (i|he|she|someone|somebody|they|a|my|the|you|it)|ago|last (week|month|year|summer|winter)|in (19|20)\d\d|used to"
-    r"|years? back|chances?"
+    r"|years? (back|behind)|makes? people|chances?"
     r"|percent\w*|survival|prognosis|should i (call|worry)|feel(ing)? (well|fine) now|it'?s stopped|has stopped|passed (off"
     r"|now)|dying of)\b"
 )
@@ -281,6 +281,8 @@ FLOOR: dict[str, tuple[tuple[str, ...], ...]] = {
     "bleeding that goes on": (("heavy bleeding",), ("goes on",)),
     "signs of meningitis": (("stiff neck or light", "rash that stays"), ("high fever", "confused", "will not wake")),
     "fever in a young baby": (("young baby",), ("high fever",)),
+    "fighting for breath with a fever": (("hard breathing", "not breathing"), ("high fever", "shivering")),
+    "a sudden pain that fells": (("sudden worst pain", "pain beyond"), ("cannot stand", "collapse")),
     "fit that does not stop": (("fit",), ("will not wake", "not breathing", "blue or blotchy")),
 }  # fmt: skip
 

@@ -26,8 +26,9 @@ from shared.page import document, heading, paragraph, svg, table
 #: claim, path of the figure in the report, what it must satisfy
 GOALS: tuple[tuple[str, tuple[str, ...], str, float], ...] = (
     ("a right leaflet among the first five (recall@5)", ("retrieval", "used", "leaflet/recall@5"), ">=", 0.95),
-    ("emergencies recognised (sensitivity)", ("triage", "sensitivity"), ">=", 0.98),
-    ("harmless messages let through (specificity)", ("triage", "specificity"), ">=", 0.85),
+    ("emergencies sent to the emergency number (sensitivity)", ("triage", "sensitivity"), ">=", 0.98),
+    ("near misses not sent there (specificity)", ("triage", "specificity"), ">=", 0.85),
+    ("emergencies sent there, or answered under a warning", ("triage", "found"), ">=", 0.98),
     ("unanswerable questions refused", ("suite", "success", "unanswerable"), ">=", 0.85),
     ("answerable questions answered", ("suite", "answer_rate"), ">=", 0.90),
     ("needless questions back on answerable ones", ("suite", "needless_questions"), "<=", 0.10),

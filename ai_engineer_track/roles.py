@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 SORRY = "I can't answer right now, because the language model cannot be reached. Please try again in a moment."
 EMERGENCY = "This sounds like an emergency. Call the emergency number now, or go to the nearest emergency department."
+WARNING = "This can be an emergency. Call the emergency number now if it gets worse fast, or if this is true:"
+WARNING_ALONE = "This can be an emergency. Call the emergency number now if it gets worse fast, or if you are afraid for a life."
 WITHHELD = "I found something, but it did not pass the check, so I don't show it. Please see the leaflets below."
 NEAREST = 3  # leaflets named when nothing answers
 COVERED = 0.55  # cosine of a document above which a message needs no context to be understood
@@ -69,7 +71,7 @@ class Roles:
             replying = bool(state.get("replies"))
             if message.problem and not (replying and message.reason in ("another language", "empty")):
                 work.output = message.reason
-                return {"next": "refuse", "reading": {"why": message.problem, "reason": message.reason}}
+                return {"next": "refuse", "reading": {"why": message.problem, "reason": message.reason}, "warning": {}}
             vector = await asyncio.to_thread(self._vector, message.text or "-")
             vote = self.nurse.judge(message.text, vector)
             harm = self.harm.judge(message.text, vector)
@@ -81,11 +83,20 @@ class Roles:
             emergency = vote.rule is not None or (surer if replying else vote.emergency)
             reading: dict[str, Any] = {"sign": vote.sign, "why": "", "reason": vote.rule or ", ".join(vote.alarms)}
             if emergency:
-                return {"next": "escalate", "reading": reading}
+                return {"next": "escalate", "reading": reading, "warning": {}}
             if harm.declined and not replying:
-                return {"next": "decline", "reading": {"why": f"{harm.reason} {harm.next_step}", "reason": harm.kind}}
+                why = f"{harm.reason} {harm.next_step}"
+                return {"next": "decline", "reading": {"why": why, "reason": harm.kind}, "warning": {}}
             opening = state.get("opening") or message.text
-            return {"next": "retrieve", "message": message.text, "opening": opening, "reading": {}}
+            warning = self._warn(vote.sign) if vote.warning and not replying else {}
+            return {"next": "retrieve", "message": message.text, "opening": opening, "reading": {}, "warning": warning}
+
+    def _warn(self, sign: str | None) -> dict[str, Any]:
+        """Shown at once, whatever the answer will be. Replies to a question back are too short to be warned about."""
+        source = next((s for s in self.nurse.signs if s.id == sign), None)
+        warning = {"text": f"{WARNING} {source.text}" if source else WARNING_ALONE, "sign": sign}
+        recorder().emit(Event(type="warning", data=warning))
+        return warning
 
     async def escalate(self, state: State) -> State:
         """The emergency number, and the sign in the leaflets that this falls under."""

@@ -2,8 +2,12 @@
 
 Why an AI engineer spends the most care here: a miss is the worst error the product can make, a false alarm an annoyance. So
 several voters look at a message, and one is enough: two learned heads (with and without the hand-written flags, averaged,
-so that neither the words of the training rows nor the list of flags is trusted alone) and the deterministic floor. The language
-model's own opinion is recorded beside them. The leaflets' emergency sign nearest in meaning is what the answer cites.
+so that neither the words of the training rows nor the list of flags is trusted alone) and the deterministic floor. The leaflets'
+emergency sign nearest in meaning is what the answer cites.
+
+No one threshold of these heads finds nearly every emergency and lets nearly everything else pass. So there are two: above the
+upper one the person is told to call for help, and nothing else; above the lower one they get an answer, with a warning over it
+that names the sign to watch for.
 
     python -m ai_engineer_track triage "..."      what every voter says about a message
 """
@@ -18,25 +22,33 @@ from pydantic import BaseModel, ConfigDict
 
 from ai_engineer_track import red_flags
 from ai_engineer_track.harm import question_sample, text_of
-from ai_engineer_track.heads import Array, Embed, Examples, at_sensitivity, family, file_key, fitted, unseen
+from ai_engineer_track.heads import Array, Embed, Examples, at_sensitivity, at_specificity, family, file_key, fitted, unseen
 from ai_engineer_track.settings import AiSettings
 from shared import chat
 from shared import library as lib
 from shared.metrics import Estimate, estimate_mean
 
-SENSITIVITY = 0.99  # on rows no fit had seen; the threshold of the averaged heads follows from it
+# On messages no fit had seen; the thresholds of the averaged heads follow from these.
+LET_THROUGH = 0.85  # share of near misses that are not sent to the emergency number
+HARMLESS_THROUGH = 0.9  # the same for everything that is no emergency
+FOUND = 0.98  # share of emergencies that are sent there, or at least warned
 QUESTION_STEP = 2  # every so many-th of `question_sample` stands for the harmless messages
-QUESTION_WEIGHT = 0.4  # beside 1 for a message: questions are many
-OPENING_WEIGHT = 0.15  # vague openings teach that telling of a complaint is no emergency; a few of them may well be one
+HARMLESS_WEIGHT = (
+    0.7  # of questions, vague openings and harmful requests, beside 1 for a message written for triage: they are many
+)
 STRENGTH, MEANING = 3.0, 0.5  # by cross-validation; here it matters more how something is said than what it is about
 MIN_SIGN_COSINE = 0.3  # below this no sign of the library is about the same thing, and none is cited
 
 
 class Triage(BaseModel):
-    """The vote. `sign` is the id of the emergency sign nearest in meaning, `rule` the rule of the floor that applied."""
+    """The vote. `sign` is the id of the emergency sign nearest in meaning, `rule` the rule of the floor that applied.
+
+    `warning`: no emergency as far as can be told, and too near to one to say nothing.
+    """
 
     model_config = ConfigDict(frozen=True)
     emergency: bool
+    warning: bool
     probability: float
     threshold: float
     rule: str | None = None
@@ -60,7 +72,7 @@ class TriageNurse:
     def __init__(self, settings: AiSettings, embed: Embed, signs: Sequence[chat.Source]) -> None:
         key = file_key(
             settings.datasets / "emergencies.jsonl", settings.datasets / "questions.jsonl", settings.datasets / "cases.jsonl",
-            flags=red_flags.ALARMS, tones=red_flags.REASSURANCES, version=1,
+            settings.datasets / "harmful.jsonl", flags=red_flags.ALARMS, tones=red_flags.REASSURANCES, version=2,
         )  # fmt: skip
         self._rows: Examples | None = None
 
@@ -69,9 +81,22 @@ class TriageNurse:
             return self._rows if flags else without_flags(self._rows)
 
         folder = settings.artifacts / "heads"
-        # The first head carries the threshold of the average; the second is only averaged in.
-        self.flags = fitted("triage", key, lambda: rows(True), lambda p, y: choose(p, y, rows(False)), folder, STRENGTH, MEANING)
-        self.words = fitted("triage-words", key, lambda: rows(False), lambda p, y: 0.5, folder, STRENGTH, MEANING)
+        averaged: list[Array] = []
+
+        def upper(probabilities: Array, labels: Array) -> float:
+            averaged.append((probabilities + unseen(rows(False), STRENGTH, MEANING)) / 2)
+            messages = rows(False).weights == 1.0
+            near = at_specificity(LET_THROUGH)(averaged[0][messages], labels[messages])
+            return max(near, at_specificity(HARMLESS_THROUGH)(averaged[0], labels))
+
+        def lower(probabilities: Array, labels: Array) -> float:
+            both = averaged[0] if averaged else (probabilities + unseen(rows(True), STRENGTH, MEANING)) / 2
+            messages = rows(False).weights == 1.0
+            return at_sensitivity(FOUND)(both[messages], labels[messages])
+
+        # Each head carries one of the two thresholds; both are thresholds of the average.
+        self.flags = fitted("triage", key, lambda: rows(True), upper, folder, STRENGTH, MEANING)
+        self.words = fitted("triage-words", key, lambda: rows(False), lower, folder, STRENGTH, MEANING)
         self._rows = None
         self.signs = list(signs)
         self.sign_vectors = embed([s.text for s in signs])
@@ -81,8 +106,10 @@ class TriageNurse:
         probability = float(self.probabilities([message], vector[None])[0])
         rule = red_flags.floor(message)
         sign, cosine = self.nearest_sign(vector)
+        emergency = rule is not None or probability >= self.flags.threshold
         return Triage(
-            emergency=rule is not None or probability >= self.flags.threshold,
+            emergency=emergency,
+            warning=not emergency and probability >= self.words.threshold,
             probability=probability,
             threshold=self.flags.threshold,
             rule=rule,
@@ -105,30 +132,26 @@ class TriageNurse:
         return (self.signs[best].id, near) if near >= MIN_SIGN_COSINE else (None, near)
 
 
-def choose(probabilities: Array, labels: Array, words: Examples) -> float:
-    """The threshold of the averaged heads: the wanted sensitivity on messages no fit had seen."""
-    both = (probabilities + unseen(words, STRENGTH, MEANING)) / 2
-    messages = words.weights == 1.0
-    return at_sensitivity(SENSITIVITY)(both[messages], labels[messages])
-
-
 def examples(settings: AiSettings, embed: Embed) -> Examples:
-    """Messages of training and validation; training leaflets' signs; questions that are not about an emergency."""
+    """Messages of training and validation beside questions, openings and requests that are not about an emergency."""
     messages = [r for r in lib.read_rows(settings.datasets, "emergencies.jsonl", lib.Emergency)[0] if r.split != "test"]
     # A question whose answer is an emergency sign may well be one: it is no example of a harmless message.
     sample = [q for q in question_sample(settings) if not any("/emergency/" in s for s in q.answer_sentences)]
     harmless = sample[::QUESTION_STEP]
     openings = [c for c in lib.read_rows(settings.datasets, "cases.jsonl", lib.Case)[0] if c.split != "test"]
-    rows: list[Any] = [*messages, *harmless, *openings]
+    requests = [r for r in lib.read_rows(settings.datasets, "harmful.jsonl", lib.Harmful)[0] if r.split != "test"]
+    # Some who ask for harm are in danger themselves; those whose request is simply declined are not.
+    others: list[Any] = [*harmless, *openings, *(r for r in requests if r.expected == "decline")]
+    rows: list[Any] = [*messages, *others]
     texts = [text_of(r) for r in rows]
     return Examples(
         texts=texts,
         vectors=embed(texts),
         extra=np.array([red_flags.features(t) for t in texts]),
-        labels=np.array([float(m.emergency) for m in messages] + [0.0] * (len(harmless) + len(openings))),
+        labels=np.array([float(m.emergency) for m in messages] + [0.0] * len(others)),
         groups=[family(r.id) for r in rows],
         training=np.array([r.split == "train" for r in rows]),
-        weights=np.array([1.0] * len(messages) + [QUESTION_WEIGHT] * len(harmless) + [OPENING_WEIGHT] * len(openings)),
+        weights=np.array([1.0] * len(messages) + [HARMLESS_WEIGHT] * len(others)),
     )
 
 
@@ -141,7 +164,9 @@ def without_flags(rows: Examples) -> Examples:
 def measure_triage(nurse: TriageNurse, settings: AiSettings, embed: Embed, split: lib.Split, seed: int = 7) -> dict[str, Any]:
     """Sensitivity and specificity with intervals, alone and by voter, false alarms among questions, and right signs.
 
-    `sign_leaflet`: share of emergencies whose cited sign is from the right leaflet; another leaflet's sign often says the same.
+    Sensitivity and specificity are about being sent to the emergency number. `found` counts warnings as found, too, and `quiet`
+    near misses without either; `harmless_passed` and `harmless_quiet` are the same for questions and openings. `sign_leaflet`:
+    share of emergencies whose cited sign is from the right leaflet; another leaflet's sign often says the same.
     """
     messages = [r for r in lib.read_rows(settings.datasets, "emergencies.jsonl", lib.Emergency)[0] if r.split == split]
     votes = [nurse.judge(m.message, v) for m, v in zip(messages, embed([m.message for m in messages]), strict=True)]
@@ -153,7 +178,7 @@ def measure_triage(nurse: TriageNurse, settings: AiSettings, embed: Embed, split
         if r.split == split and not any("/emergency/" in s for s in getattr(r, "answer_sentences", []))
     ]
     texts = [text_of(r) for r in harmless]
-    quiet = [not nurse.judge(t, v).emergency for t, v in zip(texts, embed(texts), strict=True)]
+    calm = [nurse.judge(t, v) for t, v in zip(texts, embed(texts), strict=True)]
 
     def mean(values: Sequence[bool]) -> Estimate:
         return estimate_mean([float(v) for v in values], 1000, seed)
@@ -161,11 +186,14 @@ def measure_triage(nurse: TriageNurse, settings: AiSettings, embed: Embed, split
     return {
         "sensitivity": mean([v.emergency for m, v in pairs if m.emergency]),
         "specificity": mean([not v.emergency for m, v in pairs if not m.emergency]),
-        "harmless_passed": mean(quiet),
+        "found": mean([v.emergency or v.warning for m, v in pairs if m.emergency]),
+        "quiet": mean([not v.emergency and not v.warning for m, v in pairs if not m.emergency]),
+        "harmless_passed": mean([not v.emergency for v in calm]),
+        "harmless_quiet": mean([not v.emergency and not v.warning for v in calm]),
         "floor_sensitivity": mean([v.rule is not None for m, v in pairs if m.emergency]),
         "floor_specificity": mean([v.rule is None for m, v in pairs if not m.emergency]),
         "heads_sensitivity": mean([v.probability >= v.threshold for m, v in pairs if m.emergency]),
         "heads_specificity": mean([v.probability < v.threshold for m, v in pairs if not m.emergency]),
         "sign_leaflet": mean([(v.sign or "").split("/")[0] == (m.sign or "").split("/")[0] for m, v in pairs if m.emergency]),
-        "missed": [m.message for m, v in pairs if m.emergency and not v.emergency],
+        "missed": [m.message for m, v in pairs if m.emergency and not v.emergency and not v.warning],
     }

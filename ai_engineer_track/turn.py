@@ -63,6 +63,7 @@ class Turn(_Strict):
     `text` carries citation marks (`[1] Drink plenty.`) that `citations` resolve. `leaflet` is the best candidate now,
     `nearest` the leaflets to read instead when nothing answers. `quotes_verified` is the deterministic check that
     every quoted sentence stands verbatim in the library (None: nothing was quoted); `verdict` is the judge's opinion.
+    `warning` stands above the text: what would make this an emergency. `sign` is the sentence it, or an escalation, names.
     """
 
     kind: Kind
@@ -74,6 +75,7 @@ class Turn(_Strict):
     leaflet: str | None = None
     nearest: list[str] = []
     sign: str | None = None
+    warning: str = ""
     reason: str = ""
     passages: list[FoundPassage] = []
     trace: list[Step] = []
@@ -86,9 +88,9 @@ class Event(_Strict):
 
     `started` and `finished` name a node in `node` (`finished` also carries its Step in `data`); `text` carries the next piece
     of the answer in `data["delta"]`, and with `data["replace"]` true that piece replaces all text so far, because the answer
-    was withheld or repaired; `citation` and `verdict` carry theirs in `data`.
+    was withheld or repaired; `citation` and `verdict` carry theirs in `data`, `warning` its `text` and `sign`.
     """
 
-    type: Literal["started", "finished", "text", "citation", "verdict"]
+    type: Literal["started", "finished", "text", "citation", "verdict", "warning"]
     node: str = ""
     data: dict[str, Any] = {}

@@ -173,8 +173,7 @@ def _build(raw: dict[str, list[Any]], pool: _Pool, settings: Settings) -> Iterab
             rng = random.Random(f"{settings.seed}/{message.id}/{copy}")
             action = "escalate" if message.emergency else "answer"
             near = [message.sign.split("/")[0]] if message.sign else []
-            for again in range(2 if split == "train" else 1):
-                yield _decide_row(message.id, 2 * copy + again, message.message, action, near, pool, rng)
+            yield _decide_row(message.id, copy, message.message, action, near, pool, rng)
         for request in mine["harmful.jsonl"]:
             # Few rows and the gravest mistakes: harmful requests are shown three times as often in training.
             for again in range(3 if split == "train" else 1):

@@ -33,7 +33,14 @@ T = TypeVar("T")
 PING_SECONDS = 15.0  # proxies drop a silent connection after 30 to 60 s
 router = APIRouter(tags=["chat"])
 tracer = trace.get_tracer("ai_engineer_track.api")
-EVENT_NAMES = {"started": "step", "finished": "step", "text": "delta", "citation": "citation", "verdict": "verdict"}
+EVENT_NAMES = {
+    "started": "step",
+    "finished": "step",
+    "text": "delta",
+    "citation": "citation",
+    "verdict": "verdict",
+    "warning": "warning",
+}
 
 
 class ChatRequest(BaseModel):

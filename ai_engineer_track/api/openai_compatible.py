@@ -82,8 +82,8 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
 
 
 def as_text(turn: Turn) -> str:
-    """The whole turn for a client that shows nothing but text: the question's choices and the sources become lines."""
-    lines = [turn.text]
+    """The whole turn for a client that shows nothing but text: a warning, the question's choices and the sources become lines."""
+    lines = [turn.warning, "", turn.text] if turn.warning else [turn.text]
     if turn.question:
         lines += [f"- {choice}" for choice in turn.question.choices]
     if turn.citations:

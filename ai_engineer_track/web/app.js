@@ -164,6 +164,7 @@ class Reply {
   take(name, data) {
     if (name === "step" && data.state === "started") this.status.textContent = nodeNames[data.node] || data.node;
     if (name === "citation") this.citations.set(data.number, data);
+    if (name === "warning") this.warn(data);
     if (name === "delta") {
       this.text = data.replace ? data.delta : this.text + data.delta;
       this.show();
@@ -191,8 +192,19 @@ class Reply {
     return make("p", {}, text.slice(0, last), make("span", { className: "together" }, text.slice(last), " ", button));
   }
 
+  /** What would make this an emergency, above the answer and before it. */
+  warn({ text, sign }) {
+    if (this.warning) return;
+    const read = sign && make("button", { className: "quiet", type: "button", textContent: "Read the warning signs",
+      onclick: (event) => openLeaflet(sign.split("/")[0], sign, event.currentTarget) });
+    this.warning = make("div", { className: "warning", role: "note" }, make("p", { textContent: text }), ...(read ? [read] : []));
+    this.body.before(this.warning);
+    $("alarm").textContent = text;
+  }
+
   finish(exchange, fresh) {
     const { turn } = exchange;
+    if (turn.warning) this.warn({ text: turn.warning, sign: turn.sign });
     this.finished = true;
     this.status.remove();
     this.text = turn.text || turn.question?.text || "";

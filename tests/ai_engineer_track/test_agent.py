@@ -247,3 +247,24 @@ def test_twenty_conversations_at_once(roles_for):
         assert [t.kind for t in turns] == ["answer", "clarify"] * 10
 
     asyncio.run(run())
+
+
+def test_what_is_near_an_emergency_is_answered_under_a_warning(talk, roles, monkeypatch):
+    judged = roles.nurse.judge
+    monkeypatch.setattr(roles.nurse, "judge", lambda *given: judged(*given).model_copy(update={"warning": True}))
+    first, reply = talk([VAGUE, "a tight band, both sides"])
+    assert first.turn.kind == "clarify"
+    assert first.turn.warning.startswith("This can be an emergency.")
+    assert first.turn.sign
+    assert first.turn.sign.split("/")[1] == "emergency"
+    kinds = [e.type for e in first.events]
+    assert kinds.index("warning") < kinds.index("text")
+    assert reply.turn.warning == ""
+
+
+def test_a_message_that_is_no_emergency_has_no_warning(talk, roles, monkeypatch):
+    judged = roles.nurse.judge
+    monkeypatch.setattr(roles.nurse, "judge", lambda *given: judged(*given).model_copy(update={"warning": False}))
+    turn = talk([VAGUE])[0].turn
+    assert turn.warning == ""
+    assert turn.sign is None

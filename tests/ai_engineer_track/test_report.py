@@ -34,7 +34,7 @@ def facts(**suite: Any) -> dict[str, Any]:
         "suite": measured | suite,
         "judge": {"model": "m-1", "kappa": {"grounded": figure(0.4)}, "rows": 72},
         "retrieval": {"used": {"leaflet/recall@5": figure(0.97)}},
-        "triage": {"sensitivity": figure(0.99), "specificity": figure(0.9), "missed": []},
+        "triage": {"sensitivity": figure(0.99), "specificity": figure(0.9), "found": figure(0.99), "missed": []},
         "harm": {"sensitivity": figure(0.9)},
         "refusal": {"refused": figure(0.9)},
         "clarify": {"gain": figure(0.2), "accuracy": {"0": figure(0.4), "3": figure(0.6)}},
@@ -145,7 +145,7 @@ def test_both_files_and_the_table_are_written(tmp_path: Path, capsys: pytest.Cap
     stored = json.loads((tmp_path / "reports" / "ai.json").read_text(encoding="utf-8"))
     assert len(stored["goals"]) == len(report.GOALS) + 1
     printed = capsys.readouterr().out
-    assert "emergencies recognised" in printed
+    assert "emergencies sent to the emergency number" in printed
     assert str(page) in printed
 
 

@@ -144,6 +144,18 @@ def test_an_emergency_is_loud_and_says_what_to_do(page: Page) -> None:
     expect(page.locator(".quoted")).to_contain_text("emergency signs fact 1")
 
 
+def test_a_warning_stands_over_the_answer_and_opens_its_sign(page: Page) -> None:
+    say(page, "I am worried")
+    reply = page.locator(".theirs")
+    expect(reply.locator(".warning")).to_contain_text("This can be an emergency.")
+    expect(reply).to_contain_text("self-care fact 1")
+    assert reply.locator(".warning").bounding_box()["y"] < reply.locator(".text").bounding_box()["y"]
+    reply.get_by_role("button", name="Read the warning signs").click()
+    expect(page.locator(".quoted")).to_contain_text("emergency signs fact 1")
+    page.reload()
+    expect(page.locator(".theirs .warning")).to_have_count(1)
+
+
 def test_an_unanswered_question_names_what_to_read_and_why(page: Page) -> None:
     say(page, "retract this")
     reply = page.locator(".theirs")

@@ -98,6 +98,8 @@ class FakeAssistant:
                 tell(Event(type="started", node=step.node))
                 await asyncio.sleep(self.pause)
                 tell(Event(type="finished", node=step.node, data={"step": step.model_dump()}))
+            if turn.warning:
+                tell(Event(type="warning", data={"text": turn.warning, "sign": turn.sign}))
             for citation in turn.citations:
                 tell(Event(type="citation", data=citation.model_dump()))
             if "retract" in message:
@@ -156,6 +158,9 @@ class FakeAssistant:
                 reason="nothing fits",
                 **common,
             )
+        if "worried" in message:
+            sign = self.leaflet.sentences("emergency")[0]
+            common |= {"warning": f"This can be an emergency. {sign.text}", "sign": sign.id}
         first, second = self.leaflet.sentences("self-care")[:2]
         trace.append(
             Step(

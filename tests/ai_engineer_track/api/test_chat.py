@@ -56,6 +56,18 @@ def test_a_stream_ends_with_the_exchange_that_its_events_announced(client: TestC
     assert reply.headers["x-session-id"] == done["session_id"]
 
 
+def test_a_warning_comes_before_the_answer_it_stands_over(client: TestClient) -> None:
+    events = events_of(client.post("/chat", json={"message": "I am worried"}, headers=STREAM).text)
+    names = [name for name, _ in events]
+    assert names.index("warning") < names.index("delta")
+    turn = events[-1][1]["turn"]
+    assert events[names.index("warning")][1] == {"text": turn["warning"], "sign": "sunburn/emergency/1"}
+    body = {"model": "assistant", "messages": [{"role": "user", "content": "I am worried"}]}
+    plain = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    assert plain.startswith("This can be an emergency.")
+    assert turn["text"] in plain
+
+
 def test_a_question_comes_as_an_event_and_its_reply_continues_the_conversation(
     client: TestClient, assistant: FakeAssistant
 ) -> None:
