@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import textwrap
 from pathlib import Path
 
@@ -33,13 +32,13 @@ def take_over(reports: Path, log: Path) -> None:
     for path in (*(reports / name for name in REPORTS), log):
         if not path.is_file():
             raise UserError("no such file", str(path), "Run `make demo 2>&1 | tee demo.log` first")
-    lines = log.read_text(encoding="utf-8").replace("\r", "\n").splitlines()
+    lines = log.read_text(encoding="utf-8").replace(f"{ROOT}/", "").replace("\r", "\n").splitlines()
     told = [match[0] for line in lines if (match := TOLD.match(line))]
     if not told:
         raise UserError("no line of a stage in it", str(log), "Run `make demo 2>&1 | tee demo.log` first")
     DEMO.mkdir(parents=True, exist_ok=True)
-    for name in REPORTS:
-        shutil.copyfile(reports / name, DEMO / name)
+    for name in REPORTS:  # paths of this machine are nobody else's business
+        write_text(DEMO / name, (reports / name).read_text(encoding="utf-8").replace(f"{ROOT}/", ""))
     write_text(DEMO / "transcript.txt", "\n".join(told) + "\n")
 
 
