@@ -20,9 +20,9 @@ from ai_engineer_track.settings import AiSettings
 from shared import library as lib
 from shared.metrics import Estimate, estimate_mean
 
-CLEAR = 0.97  # share of clear messages that must not be asked back
+CLEAR = 0.96  # share of clear messages that must not be asked back
+STRENGTH, MEANING = 10.0, 0.7  # of the head that asks back, by cross-validation
 ANSWERED = 0.94  # share of answerable questions that must not be refused
-QUESTION_STEP = 3  # every so many-th of `question_sample` stands for the clear messages
 NEAR = 0.45  # other corpora: cosine of the best passage below which it does not answer
 CLOSE = 0.02  # other corpora: lead of the best document below which two fit
 
@@ -40,7 +40,7 @@ class Decider:
         key = file_key(data / "cases.jsonl", data / "questions.jsonl", index=evidence.index.version, version=1)
         folder = settings.artifacts / "heads"
         self.ask_head = fitted(
-            "ask", key, lambda: ask_examples(settings, evidence, embed), at_specificity(CLEAR), folder, 10.0, 1.5
+            "ask", key, lambda: ask_examples(settings, evidence, embed), at_specificity(CLEAR), folder, STRENGTH, MEANING
         )
         self.refuse_head = fitted(
             "refuse", key, lambda: refuse_examples(settings, evidence, embed), at_specificity(ANSWERED), folder
@@ -72,7 +72,7 @@ class Decider:
 def ask_examples(settings: AiSettings, evidence: Evidence, embed: Embed) -> Examples:
     """Openings of cases, and answerable questions, which need no question back."""
     cases = [c for c in lib.read_rows(settings.datasets, "cases.jsonl", lib.Case)[0] if c.split != "test"]
-    questions = question_sample(settings)[::QUESTION_STEP]
+    questions = question_sample(settings)
     return _examples([*cases, *questions], [c.needs_question for c in cases] + [False] * len(questions), evidence, embed)
 
 

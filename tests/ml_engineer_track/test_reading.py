@@ -359,7 +359,7 @@ def test_the_teacher_is_asked_about_training_text_without_its_boilerplate(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[Sequence[str], list[list[str]], int, Path | None]] = []
-    monkeypatch.setattr(r, "match", lambda *all_of_it: given.append(all_of_it))
+    monkeypatch.setattr(c, "match", lambda *all_of_it: given.append(all_of_it))
     often = "Ask the doctor or a nurse before anything is done."
     long = {"chq": "A long story. " * 30, "faq": "Is it long?", "entails": True}
     paragraphs = [[*paragraph, often] for paragraph in corpus.paragraphs[:5]] + corpus.paragraphs[5:30]
