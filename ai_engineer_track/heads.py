@@ -122,7 +122,8 @@ class Head:
 
     @classmethod
     def load(cls, path: Path) -> Head:
-        with np.load(path, allow_pickle=False) as stored:
+        # np.load leaves a file that it opened itself open when it turns out to be damaged
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             words = {str(word): i for i, word in enumerate(stored["vocabulary"])}
             strength, meaning, intercept, threshold = (float(x) for x in stored["scalars"])
             return cls(

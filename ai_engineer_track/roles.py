@@ -81,15 +81,21 @@ class Roles:
             # The heads know whole messages: of a reply ("yes, sweating") they have to be surer.
             surer = vote.probability >= REPLY_EMERGENCY and len(message.text.split()) > SHORT_REPLY
             emergency = vote.rule is not None or (surer if replying else vote.emergency)
-            reading: dict[str, Any] = {"sign": vote.sign, "why": "", "reason": vote.rule or ", ".join(vote.alarms)}
             if emergency:
+                sign = await self._sign(message.text, vector)
+                reading: dict[str, Any] = {"sign": sign, "why": "", "reason": vote.rule or ", ".join(vote.alarms)}
                 return {"next": "escalate", "reading": reading, "warning": {}}
             if harm.declined and not replying:
                 why = f"{harm.reason} {harm.next_step}"
                 return {"next": "decline", "reading": {"why": why, "reason": harm.kind}, "warning": {}}
             opening = state.get("opening") or message.text
-            warning = self._warn(vote.sign) if vote.warning and not replying else {}
+            warning = self._warn(await self._sign(message.text, vector)) if vote.warning and not replying else {}
             return {"next": "retrieve", "message": message.text, "opening": opening, "reading": {}, "warning": warning}
+
+    async def _sign(self, message: str, vector: Any) -> str | None:
+        """The emergency sign this falls under, from the leaflet that a search finds first."""
+        hits = await asyncio.to_thread(self.retriever.search, message, 1)
+        return self.nurse.nearest_sign(vector, hits[0].passage.document if hits else None)[0]
 
     def _warn(self, sign: str | None) -> dict[str, Any]:
         """Shown at once, whatever the answer will be. Replies to a question back are too short to be warned about."""
@@ -186,7 +192,8 @@ class Roles:
                 if question is not None:
                     reading["ask"] = {"feature": question.feature, "values": question.values}
                     return {"next": "clarify", "reading": reading}
-            if not vague and self.decider.needs_refusal(query, vector):
+            told = any(not Reply(**r).unknown for r in state.get("replies", []))  # asked in vain, the opening is all there is
+            if not told and (asked or not vague) and self.decider.needs_refusal(query, vector):
                 return {"next": "refuse", "reading": {**reading, "why": "", "reason": "not in the library"}}
             return {"next": "answer", "reading": reading}
 

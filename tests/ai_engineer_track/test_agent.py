@@ -252,11 +252,12 @@ def test_twenty_conversations_at_once(roles_for):
 def test_what_is_near_an_emergency_is_answered_under_a_warning(talk, roles, monkeypatch):
     judged = roles.nurse.judge
     monkeypatch.setattr(roles.nurse, "judge", lambda *given: judged(*given).model_copy(update={"warning": True}))
+    monkeypatch.setattr(roles.nurse, "nearest_sign", lambda *given: (roles.nurse.signs[0].id, 0.9))
     first, reply = talk([VAGUE, "a tight band, both sides"])
     assert first.turn.kind == "clarify"
     assert first.turn.warning.startswith("This can be an emergency.")
-    assert first.turn.sign
-    assert first.turn.sign.split("/")[1] == "emergency"
+    assert first.turn.warning.endswith(roles.nurse.signs[0].text)
+    assert first.turn.sign == roles.nurse.signs[0].id
     kinds = [e.type for e in first.events]
     assert kinds.index("warning") < kinds.index("text")
     assert reply.turn.warning == ""
@@ -268,3 +269,12 @@ def test_a_message_that_is_no_emergency_has_no_warning(talk, roles, monkeypatch)
     turn = talk([VAGUE])[0].turn
     assert turn.warning == ""
     assert turn.sign is None
+
+
+def test_who_was_asked_in_vain_about_something_else_is_told_that_nothing_answers(talk, roles, monkeypatch):
+    monkeypatch.setattr(roles.decider, "needs_refusal", lambda *given: True)
+    turns = [t.turn for t in talk([VAGUE, "I don't know", "no idea", "not sure"])]
+    assert [t.kind for t in turns][0] == "clarify"
+    assert turns[-1].kind == "not_answered"
+    told = [t.turn for t in talk([VAGUE, "a tight band, both sides", "I don't know", "no idea"])]
+    assert told[-1].kind == "answer"

@@ -124,3 +124,14 @@ def test_the_thresholds_survive_a_damaged_file(roles, settings, nurse):
             again = TriageNurse(roles.settings, embed, [])
             assert again.flags.threshold == pytest.approx(nurse.flags.threshold)
             assert again.words.threshold == pytest.approx(nurse.words.threshold)
+
+
+def test_a_sign_can_be_asked_of_one_leaflet(nurse):
+    vector = embed(["he's clutching his chest, grey and sweating"])[0]
+    documents = {sign.id.split("/")[0] for sign in nurse.signs}
+    assert len(documents) > 1
+    for document in documents:
+        sign, cosine = nurse.nearest_sign(vector, document)
+        assert sign is None or sign.startswith(f"{document}/emergency/")
+        assert cosine <= nurse.nearest_sign(vector)[1] + 1e-6
+    assert nurse.nearest_sign(vector, "no-such-leaflet") == (None, 0.0)
