@@ -274,7 +274,7 @@ def test_a_message_that_is_no_emergency_has_no_warning(talk, roles, monkeypatch)
 def test_who_was_asked_in_vain_about_something_else_is_told_that_nothing_answers(talk, roles, monkeypatch):
     monkeypatch.setattr(roles.decider, "needs_refusal", lambda *given: True)
     turns = [t.turn for t in talk([VAGUE, "I don't know", "no idea", "not sure"])]
-    assert [t.kind for t in turns][0] == "clarify"
+    assert turns[0].kind == "clarify"
     assert turns[-1].kind == "not_answered"
     told = [t.turn for t in talk([VAGUE, "a tight band, both sides", "I don't know", "no idea"])]
     assert told[-1].kind == "answer"
