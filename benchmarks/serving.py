@@ -222,7 +222,7 @@ def calibrate(target: Target) -> tuple[Target, float, str]:
     fixed = replace(target, extra={**target.extra, "ignore_eos": True})
     note = ""
     answer = asyncio.run(one(fixed))
-    if answer.status == 400:
+    if answer.status in (400, 422):  # the second is what FastAPI says, and with it `transformers serve`
         fixed, note = target, "the server does not know ignore_eos: replies end where the model ends them"
         answer = asyncio.run(one(fixed))
     if not answer.ok:

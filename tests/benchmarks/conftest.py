@@ -59,6 +59,7 @@ class Stub:
     slots: int = 1000
     queue: bool = True
     knows_ignore_eos: bool = True
+    refusal: int = 400
     breaks_after: int | None = None
     url: str = ""
     seen: list[dict[str, Any]] = field(default_factory=list)
@@ -85,7 +86,7 @@ def stub_app(stub: Stub) -> FastAPI:
         stub.seen.append(body)
         stub.arrived.append(time.perf_counter())
         if "ignore_eos" in body and not stub.knows_ignore_eos:
-            return JSONResponse({"error": {"message": "unknown field ignore_eos"}}, 400)
+            return JSONResponse({"error": {"message": "unknown field ignore_eos"}}, stub.refusal)
         if not stub.queue and stub.running >= stub.slots:
             return JSONResponse({"error": {"message": "full"}}, 429, headers={"Retry-After": "1"})
         stub.running += 1

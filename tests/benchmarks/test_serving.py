@@ -25,8 +25,9 @@ def test_calibration_learns_the_tokens_of_a_word(make_stub: Callable[..., Any]) 
     assert len(serving.text(words, 100, "x").split()) == 50
 
 
-def test_a_server_without_ignore_eos_is_measured_and_the_record_says_so(make_stub: Callable[..., Any]) -> None:
-    stub = make_stub(first=0.0, each=0.0, knows_ignore_eos=False)
+@pytest.mark.parametrize("refusal", [400, 422])
+def test_a_server_without_ignore_eos_is_measured_and_the_record_says_so(make_stub: Callable[..., Any], refusal: int) -> None:
+    stub = make_stub(first=0.0, each=0.0, knows_ignore_eos=False, refusal=refusal)
     target, _, note = serving.calibrate(Target(stub.url, "stub"))
     assert target.extra == {}
     assert "ignore_eos" in note
