@@ -48,6 +48,7 @@ from ml_engineer_track.sensitivity import (
     sizes_of,
 )
 from shared import handoff
+from shared.errors import UserError
 from shared.hardware import busy, compute_dtype, device, fingerprint
 from shared.metrics import estimate_mean
 from shared.settings import Settings
@@ -78,6 +79,7 @@ def run(settings: Settings, bits: str = "2", path: str | None = None) -> None:
     with locked_stages(settings) as stages:
         data = curate_stage(stages, train_ranker_stage(stages))
         version, model = find_teacher(folder, data)
+        published_scores(version)  # a version without figures is refused before any work
         sensitivity = sensitivity_stage(stages, data, model)
         made = pack_stage(stages, model, sensitivity, bits)
         scores = evaluate_stage(stages, data, version, model, made)
@@ -266,13 +268,14 @@ def divergence_from(settings: Settings, data: CuratedData, original: Path) -> Ca
 
 
 def published_scores(version: Path | None) -> dict[str, Scores]:
-    """What the run that published the version measured of it."""
+    """What the run that published the version measured of it. UserError when that does not include bf16."""
     if version is None:
         return {}
-    variants = handoff.verify(version).variants
-    return {
-        name: Scores(name, dict(variants[name].quality), []) for name in REFERENCES if name in variants and variants[name].quality
-    }
+    manifest = handoff.verify(version)
+    known = {name: manifest.variants[name].quality for name in REFERENCES if name in manifest.variants}
+    if not known.get("bf16"):
+        raise UserError(f"version {manifest.version} has no figures of its bf16 variant", str(version), "Run `make ml` again")
+    return {name: Scores(name, dict(quality), []) for name, quality in known.items() if quality}
 
 
 def reference_bytes(version: Path | None, original: Path) -> dict[str, int]:

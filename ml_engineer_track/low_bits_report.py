@@ -149,8 +149,9 @@ def page(study: Study) -> str:
             paragraph(
                 "Sizes are all weights in memory: codes, scales and offsets, LoRA matrices, and whatever stays in bf16. Models "
                 "named by bits alone, nf4 and int8 keep their embedding in bf16; `everywhere` and `mixed` do not. The line joins "
-                "models that no other beats in both. Divergence is the Kullback-Leibler divergence of the next-token distribution from "
-                "bf16's on test rows, weighted as in training; q8_0 and q4_0 are read by an engine that does not tell it."
+                "models that no other beats in both. Divergence is the Kullback-Leibler divergence of the next-token "
+                "distribution from bf16's on test rows, weighted as in training; q8_0 and q4_0 are read by an engine that does "
+                "not tell it."
             ),
             table(*quality_rows(study)),
             heading("Every metric on the test split"),
@@ -217,12 +218,13 @@ def sensitivity(study: Study) -> list[str]:
     order = sorted(study.sensitivity, key=lambda name: -study.sensitivity[name][min(choices)])
     got = study.bits["mixed"]
     rows = [[name, *(f"{study.sensitivity[name][bits]:.2e}" for bits in choices), str(got[name])] for name in order]
+    added = sum(study.sensitivity[name][bits] for name, bits in got.items())
     counts = ", ".join(f"{sum(b == bits for b in got.values())} in {bits}" for bits in sorted(set(got.values())))
     story = (
         f"Each matrix was quantised alone on {study.settings.low_bits.calibration_rows} training rows; divergence in nats per "
         f"reply token. With the bytes of {study.settings.low_bits.mixed_like} bits everywhere the mixed model has {counts} bits. "
-        f"That the single divergences add up is an assumption: their sum is {sum(study.sensitivity[n][b] for n, b in got.items()):.3f}, "
-        f"measured on test rows are {study.scores['mixed'].figures['divergence']}."
+        f"That the single divergences add up is an assumption: their sum is {added:.3f}, measured on test rows "
+        f"are {study.scores['mixed'].figures['divergence']}."
     )
     return [paragraph(story), table(["matrix", *(f"{bits} bits, nats" for bits in choices), "bits in the mixed model"], rows)]
 
@@ -231,8 +233,8 @@ def repaired(study: Study) -> list[str]:
     r, name = study.repaired, f"{study.chosen} repaired"
     story = (
         f"{r.steps} steps of LoRA with rank {r.rank} beside the frozen packed weights of {study.chosen}, towards bf16's "
-        f"distribution on the training rows; {r.seconds:.0f} s. The adapter adds {r.adapter_bytes / 1e6:.2f} MB, counted above. On validation "
-        f"rows the divergence went from {r.validation_before:.3f} to {r.validation_after:.3f} nats."
+        f"distribution on the training rows; {r.seconds:.0f} s. The adapter adds {r.adapter_bytes / 1e6:.2f} MB, counted "
+        f"above. On validation rows the divergence went from {r.validation_before:.3f} to {r.validation_after:.3f} nats."
     )
     rows = [
         [label, *(str(study.scores[side].figures.get(key, _NONE)) for side in ("bf16", study.chosen, name))]
@@ -267,8 +269,8 @@ def speed(study: Study) -> list[str]:
     return [
         paragraph(
             f"One request at a time. Packed layers unpack their whole matrix for every token, here down to {slowest:.2f} times "
-            f"the speed of {plain}: without a kernel made for it, a packed weight is a slow one. Its place is quality at a size, and "
-            f"memory. Other programs used {f['busy_share']:.0%} of the machine at the start."
+            f"the speed of {plain}: without a kernel made for it, a packed weight is a slow one. Its place is quality at a "
+            f"size, and memory. Other programs used {f['busy_share']:.0%} of the machine at the start."
         ),
         table(["model", "ttft p50, ms", "tpot p50, ms", "decode tokens/s", f"times {plain}"], rows),
         table(["model", "peak process memory, MB", "of it the model's, MB", "peak VRAM, MB"], memory),
