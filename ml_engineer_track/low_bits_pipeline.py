@@ -75,7 +75,7 @@ def run(settings: Settings, bits: str = "2", path: str | None = None) -> None:
     check_bits(bits)
     folder = Path(path) if path else handoff.current(settings.artifacts / "models")
     if not (folder / "manifest.json").exists():
-        check_model_path(str(folder))
+        check_model_path(path or str(folder))
     with locked_stages(settings) as stages:
         data = curate_stage(stages, train_ranker_stage(stages))
         version, model = find_teacher(folder, data)

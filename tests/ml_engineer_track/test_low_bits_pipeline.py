@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from ml_engineer_track.evaluate import Scores
 from ml_engineer_track.repair import Repaired
 from shared.errors import UserError
 from shared.metrics import Estimate
-from shared.settings import BASE_MODEL, Settings
+from shared.settings import BASE_MODEL, ROOT, Settings
 from tests.ml_engineer_track.conftest import RANKER
 from tests.ml_engineer_track.test_distill_pipeline import publish_teacher
 
@@ -60,11 +61,19 @@ def test_a_mistake_is_one_line_before_any_work(
     assert not settings.work.exists()
 
 
-def test_a_budget_no_choice_fits_is_one_line(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], "quantize"), (["BITS=2"], 'low-bits --bits "2"'), (["BITS=mixed"], 'low-bits --bits "mixed"')]
+)
+def test_make_quantize_goes_below_four_bits_where_bits_are_given(given: list[str], expected: str) -> None:
+    done = subprocess.run(["make", "-n", "quantize", *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith(f"python -m ml_engineer_track {expected}")
+
+
+def test_a_budget_no_choice_fits_is_one_line(settings: Settings) -> None:
     """Two bits everywhere are fewer than the fewest that may be chosen."""
     options = settings.low_bits.model_copy(update={"mixed_like": 2, "mixed_choices": [4, 8]})
     tight = settings.model_copy(update={"low_bits": options})
-    with p.locked_stages(tight) as stages, pytest.raises(UserError, match=r"bytes are too few .* low_bits.mixed_like"):
+    with p.locked_stages(tight) as stages, pytest.raises(UserError, match=r"bytes are too few.* in low_bits.mixed_like. Raise it"):
         lp.pack_stage(stages, Path(settings.model), {name: {4: 0.1, 8: 0.0} for name in names(settings)}, "2")
 
 
