@@ -117,6 +117,7 @@ def sizes_of(model: PreTrainedModel, choices: Sequence[int], group: int) -> dict
 def read_batches(
     rows: Sequence[Row], count: int, tokenizer: PreTrainedTokenizerBase, choice_weight: float, batch_tokens: int
 ) -> list[Batch]:
-    """About `count` rows spread over the skills, as batches."""
-    chosen = rows[:: max(1, len(rows) // count)][:count]
+    """At most `count` rows spread over the skills, as batches."""
+    every = max(1, len(rows) // count)
+    chosen = rows[every // 2 :: every][:count]
     return batches(encode(chosen, tokenizer, choice_weight), batch_tokens, tokenizer.pad_token_id)

@@ -73,7 +73,10 @@ def test_a_budget_no_choice_fits_is_one_line(settings: Settings) -> None:
     """Two bits everywhere are fewer than the fewest that may be chosen."""
     options = settings.low_bits.model_copy(update={"mixed_like": 2, "mixed_choices": [4, 8]})
     tight = settings.model_copy(update={"low_bits": options})
-    with p.locked_stages(tight) as stages, pytest.raises(UserError, match=r"bytes are too few.* in low_bits.mixed_like. Raise it"):
+    with (
+        p.locked_stages(tight) as stages,
+        pytest.raises(UserError, match=r"bytes are too few.* in low_bits.mixed_like. Raise it"),
+    ):
         lp.pack_stage(stages, Path(settings.model), {name: {4: 0.1, 8: 0.0} for name in names(settings)}, "2")
 
 

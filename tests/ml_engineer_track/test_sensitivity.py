@@ -84,7 +84,7 @@ def test_calibration_rows_are_spread_over_all_rows(tokenizer: PreTrainedTokenize
     read = sn.read_batches(rows, 5, tokenizer, 20.0, 512)
     texts = [tokenizer.decode(row, skip_special_tokens=True) for batch in read for row in batch.ids.tolist()]
     assert len(texts) == 5
-    assert sorted(int(text.rsplit(" ", 1)[-1]) for text in texts) == [0, 10, 20, 30, 40]
+    assert sorted(int(text.rsplit(" ", 1)[-1]) for text in texts) == [5, 15, 25, 35, 45]
     assert len([row for batch in sn.read_batches(rows, 500, tokenizer, 20.0, 512) for row in batch.ids]) == 50
 
 
