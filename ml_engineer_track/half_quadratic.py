@@ -13,9 +13,10 @@ number q of a few bits. Two steps find them:
   halves of the problem have closed forms: e by the shrinkage of |.|^p, o as the mean of what is left. A few rounds of that; the
   best one counts.
 
-The package `hqq` is not used. It comes as source only and tries to build a CUDA extension whenever pip looks at it; transformers
-places none of its layers on a CPU; it takes no matrix that its groups do not divide, and no embedding; and it keeps the scale
-fixed, which at 2 bits costs nearly twice the squared error (normal weights, groups of 64: 0.19 of their variance, here 0.10).
+The package `hqq` (0.2.8) is not used. It comes as source only and tries to build a CUDA extension whenever pip looks at it; it
+takes no matrix that its groups do not divide, and no embedding; transformers refuses to map its layers to a CPU; and it keeps
+the scale fixed, which at 2 bits costs nearly twice the squared error (normal weights in groups of 64: 0.19 of their variance,
+here 0.10).
 
 These layers unpack their whole matrix for every product. On a CPU that is far slower than not quantising at all: their place is
 quality studies and memory, not speed.

@@ -34,6 +34,8 @@ PANELS = (
     ("divergence from bf16, nats per reply token", "divergence", False),
 )
 SHOWN = (*((label, key) for label, key, _ in PANELS), ("perplexity of right replies", "perplexity"))
+#: The share of bf16's scores that a quantised model is expected to keep, as in publish.py.
+KEEP = 0.97
 MARKERS = "os^vDP*X<>hpd8"
 _NONE = Estimate(value=None, low=None, high=None, n=0)
 
@@ -111,6 +113,10 @@ def findings(study: Study) -> list[dict[str, Any]]:
     compare(f"the repair brings {study.chosen} closer to bf16", study.chosen, repaired, "divergence", False)
     compare(f"the repair raises evidence F1 of {study.chosen}", study.chosen, repaired, "grounded/evidence_f1", True)
     compare(f"the repair raises decision accuracy of {study.chosen}", study.chosen, repaired, "grounded/decision_accuracy", True)
+    for label, key in (("evidence F1", "grounded/evidence_f1"), ("decision accuracy", "grounded/decision_accuracy")):
+        kept = (study.scores[repaired].figures[key].value or 0.0) / max(study.scores["bf16"].figures[key].value or 0.0, 1e-9)
+        claim = f"{repaired} keeps at least {KEEP:.0%} of bf16's {label}"
+        found.append({"claim": claim, "value": f"{kept:.1%}", "reached": kept >= KEEP})
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,7 @@ def test_plain_auto_classes_refuse_the_folder(micro: PreTrainedModel, tokenizer:
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_one_line(
-    micro: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, damage, said: str
+    micro: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, damage: Callable[[Path], object], said: str
 ) -> None:
     lb.save_low_bits(lb.pack_model(micro, lb.uniform(micro, 2, 16)), tokenizer, tmp_path / "m")
     damage(tmp_path / "m")
