@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml distill ai demo serve bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill ai demo serve bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -30,6 +30,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 ml: setup ## ML track: leaflets -> LoRA -> 4-bit -> evaluated, measured, published. PRESET=, MODEL=, METHOD=qlora
 	@$(BIN)/python -m ml_engineer_track run
+
+quantize: setup ## fewer bits: without BITS the 4- and 8-bit variants; BITS=2, 3, 4 or mixed: the study below 4 bits, that model repaired
+	@$(BIN)/python -m ml_engineer_track $(if $(BITS),low-bits --bits "$(BITS)",quantize)
 
 distill: setup ## a student of a third of the published model's size, published beside it. PRESET= NO_TEACHER=1 TEACHER=, STUDENT=folder
 	@$(BIN)/python -m ml_engineer_track distill $(if $(NO_TEACHER),--no-teacher) $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(STUDENT),--student "$(STUDENT)")

@@ -60,6 +60,19 @@ def quantize(preset: Preset = None, model: Model = None, method: Method = None) 
     print(json.dumps(variants.folders, indent=2))
 
 
+@app.command(name="low-bits")
+def low_bits(
+    preset: Preset = None,
+    model: Model = None,
+    bits: Annotated[str, typer.Option(help="2, 3, 4 or mixed: the model that is repaired, too")] = "2",
+    path: Annotated[str | None, typer.Option(help="a version or model folder (default: the current version)")] = None,
+) -> None:
+    """Hold the tuned model in 4, 3, 2 and mixed bits, repair one of these, and show quality against size."""
+    from ml_engineer_track import low_bits_pipeline as b
+
+    b.run(load_settings(preset, model=model), bits, path)
+
+
 @app.command()
 def distill(
     preset: Preset = None,

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ml_engineer_track.low_bits import is_low_bits, load_low_bits
 from shared.errors import UserError
 from shared.hardware import compute_dtype, device
 
@@ -40,6 +41,9 @@ def load_model(path: str, dtype: torch.dtype | None = None, variant: str = "") -
     """
     target = device()
     dtype = dtype or compute_dtype(target)
+    if is_low_bits(path):
+        with _clear_errors(path):
+            return load_low_bits(path, dtype)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if config := quantization(variant, dtype):
         options["quantization_config"] = config

@@ -24,6 +24,7 @@ from ml_engineer_track.benchmark_training import training_throughput
 from ml_engineer_track.curate import CuratedData, curate
 from ml_engineer_track.evaluate import Scores, evaluate, evaluate_served
 from ml_engineer_track.finetune import Tuned, finetune
+from ml_engineer_track.low_bits import KNOWN_BITS, LAYOUT_FILE
 from ml_engineer_track.models import check_model_path, load_model, load_tokenizer
 from ml_engineer_track.publish import Published, publish
 from ml_engineer_track.quantize import Variants, quantize
@@ -210,6 +211,8 @@ class Stages:
                 for f in result.folders.values()
             ],
             "train-ranker": lambda: [Path(result.path)],
+            "low-bits-pack": lambda: [Path(folder) / LAYOUT_FILE for folder in result.folders.values()],
+            **{f"low-bits-repair-{bits}": lambda: [Path(result.folder) / LAYOUT_FILE] for bits in KNOWN_BITS},
             "distill-student": lambda: [Path(result.folder) / "config.json"],
             "distill-no-teacher": lambda: [Path(result.folder) / "config.json"],
             "publish": lambda: [Path(result.folder) / "manifest.json", models / "current"],

@@ -67,6 +67,19 @@ class Quantize(_Strict):
     variants: list[Literal["nf4", "int8", "q8_0", "q4_0"]]
 
 
+class LowBits(_Strict):
+    uniform_bits: list[Literal[2, 3, 4]] = Field(min_length=1)
+    group: Literal[16, 32, 64]
+    other_groups: list[Literal[16, 32, 64]]
+    mixed_like: Literal[2, 3, 4]
+    mixed_choices: list[Literal[2, 3, 4, 8]] = Field(min_length=2)
+    calibration_rows: int = Field(gt=0)
+    divergence_rows: int = Field(gt=0)
+    repair_rank: int = Field(gt=0)
+    repair_steps: int = Field(gt=0)
+    repair_learning_rate: float = Field(gt=0)
+
+
 class Distill(_Strict):
     hidden: int = Field(gt=0)
     layers: int = Field(gt=0)
@@ -116,6 +129,7 @@ class Settings(_Strict):
     curate: Curate
     finetune: Finetune
     quantize: Quantize
+    low_bits: LowBits
     distill: Distill
     evaluate: Evaluate
     benchmark: Benchmark

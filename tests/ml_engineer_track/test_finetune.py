@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -532,3 +533,14 @@ def test_qlora_gradients_after_an_evaluation_are_those_before_it(
         nf4_gradients(settings.model_path, settings.finetune, evaluated, without_cpu_fast_path) for evaluated in (False, True)
     )
     assert F.cosine_similarity(before, after, dim=0) > 0.999
+
+
+def test_a_qlora_base_never_repacks_its_weights(make_settings: MakeSettings) -> None:
+    """The guard itself, also on machines whose CPU has no such kernel."""
+    base = ft.load_base(make_settings(method="qlora"))
+    layers = [module for module in base.modules() if isinstance(module, Linear4bit)]
+    assert layers
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    with torch.no_grad():
+        base.eval()(torch.arange(100, 140)[None, :].to(base.device))
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
