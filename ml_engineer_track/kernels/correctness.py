@@ -91,7 +91,7 @@ def check_cross_entropy(rows: int, vocabulary: int, dtype: torch.dtype, device: 
     assert logits.grad is not None
     assert exact.grad is not None
     name = str(dtype)[6:]
-    loss_error = float((loss.double() - want).abs() / exact.abs().max())
+    loss_error = float((loss.detach().double() - want.detach()).abs() / exact.detach().abs().max())
     yield Case("cross_entropy, loss", (rows, vocabulary), name, loss_error, BOUND[torch.float32])
     gradient_error = float((logits.grad.double() - exact.grad).abs().max()) * (rows - 1)
     yield Case("cross_entropy, gradient", (rows, vocabulary), name, gradient_error, BOUND[dtype])

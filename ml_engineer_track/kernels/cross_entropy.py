@@ -118,7 +118,7 @@ def backward_reference(
 def by_triton(logits: torch.Tensor, targets: torch.Tensor, ignore: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One program a row."""
     rows, vocabulary = logits.shape
-    losses, lse = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
+    losses, lse = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     if rows:
         with launching_on(logits):
             forward_kernel[(rows,)](

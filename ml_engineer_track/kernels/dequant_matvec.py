@@ -38,6 +38,8 @@ GROUP = 64
 MAX_BATCH = 8
 #: Batches are rounded up to these, so that only so many kernels are compiled; rows that do not exist are masked.
 BATCHES = (1, 2, 4, 8)
+#: The bits of 1.0 in float32.
+ONE = 0x3F800000
 
 
 class Packed(NamedTuple):
@@ -94,8 +96,8 @@ def dequantize(words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, b
 
 def check(bits: int, group: int) -> None:
     # Triton's blocks have powers of two as sizes, and a group is one side of a block.
-    if bits not in BITS or group % (32 // bits) or group & (group - 1):
-        raise ValueError(f"{bits} bits in groups of {group}: bits must be 4 or 2, a group a power of two that fills whole words")
+    if bits not in BITS or group not in (16, 32, 64, 128):
+        raise ValueError(f"{bits} bits in groups of {group}: bits must be 4 or 2, a group 16, 32, 64 or 128")
 
 
 # --- the operator -----------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def by_triton(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, zeros:
     with launching_on(x):
         dequant_matvec_kernel[lambda tuned: (triton.cdiv(rows, tuned["ROWS"]),)](
             x.contiguous(), words.contiguous(), scales.contiguous(), zeros.contiguous(), out, batch, columns, rows, groups,
-            BITS=bits, WORDS=words_in_group, BATCH=next(size for size in BATCHES if size >= batch),
+            ONE, BITS=bits, WORDS=words_in_group, BATCH=next(size for size in BATCHES if size >= batch),
         )  # fmt: skip
     return out.to(x.dtype)
 
@@ -158,23 +160,28 @@ def check_shapes(x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, zer
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 if HAS_TRITON:
-    # (rows of the weight, groups read at a time, warps) of a program; the fastest is measured once for every shape and kept on
-    # disk. Few rows with many warps split the columns among the warps, which keeps a GPU busy that has more multiprocessors than
-    # a small matrix has blocks of rows ("split-K", inside a program). Splitting among programs would need a second kernel, or
-    # additions in an order that changes from run to run, and with it the replies.
-    SHAPES = [(4, 16, 1), (8, 16, 2), (4, 32, 2), (8, 32, 2), (4, 64, 4), (2, 64, 4), (1, 64, 4)]
-    if INTERPRETED:
-        SHAPES = [(4, 2, 1)]  # nothing can be measured there; small, so that small matrices take several turns of every loop
+    # (rows of the weight, warps) of a program; the fastest is measured once for every shape and kept on disk. A program reads its
+    # rows piece by piece, 128 words for each warp: four for each thread. More rows use every input that was read more often. Few
+    # rows with many warps split the columns among the warps, which keeps a GPU busy that has more multiprocessors than a small
+    # matrix has blocks of rows ("split-K", inside a program). Splitting them among programs would need a second kernel to add up,
+    # or additions in an order that changes from run to run, and with it the replies.
+    SHAPES = [(4, 1), (8, 1), (2, 2), (4, 2), (1, 4), (2, 4), (4, 4)]
+    CONFIGS = [triton.Config({"ROWS": rows, "PIECE": 128 * warps}, num_warps=warps, num_stages=1) for rows, warps in SHAPES]
+    if INTERPRETED:  # nothing can be measured there; small, so that small matrices take several turns of every loop
+        CONFIGS = [triton.Config({"ROWS": 4, "PIECE": 16})]
+
+    def with_sums_in_registers(configs, arguments, BATCH, **_):
+        """A thread keeps a sum for each of its rows and each input row; too many would be moved to memory and back."""
+        return [config for config in configs if config.kwargs["ROWS"] * BATCH <= 16]
 
     @triton.autotune(
-        [triton.Config({"ROWS": rows, "GROUPS": groups}, num_warps=warps, num_stages=1) for rows, groups, warps in SHAPES],
-        key=["columns", "rows", "BITS", "BATCH"],
-        cache_results=True,
-    )
+        CONFIGS, key=["columns", "rows", "BITS", "BATCH"], cache_results=True,
+        prune_configs_by={"early_config_prune": with_sums_in_registers},
+    )  # fmt: skip
     @triton.jit
     def dequant_matvec_kernel(
-        x, words, scales, zeros, out, batch, columns, rows, groups,
-        BITS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+        x, words, scales, zeros, out, batch, columns, rows, groups, one,
+        BITS: tl.constexpr, WORDS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr,
     ):  # fmt: skip
         """out[b, row] = sum over groups of scale * (sum of code * x - zero * sum of x), for `ROWS` rows and all b.
 
@@ -183,8 +190,11 @@ if HAS_TRITON:
         there is: at 4 bits and 4 TB/s, eight weights arrive every picosecond. The 1 goes out again together with the zero:
 
             sum of code * x - zero * sum of x  =  2**BITS * (sum of (1 + code / 2**BITS) * x - (1 + zero / 2**BITS) * sum of x)
+
+        `one`, the bits of 1.0, is an argument because an instruction takes one constant: and-or with two would be two of them.
         """
         CODES: tl.constexpr = 32 // BITS
+        GROUPS: tl.constexpr = PIECE // WORDS
         LEVELS: tl.constexpr = 2**BITS
         TOP: tl.constexpr = 23 - BITS  # float32 has 23 bits of mantissa
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -212,7 +222,7 @@ if HAS_TRITON:
                     column = (group[:, None] * CODES + i) * WORDS + word[None, :]
                     x_i = tl.load(x + b * columns + column, mask=(column < columns) & (b < batch), other=0).to(tl.float32)
                     bits = (packed << (TOP - BITS * i)) if BITS * i <= TOP else (packed >> (BITS * i - TOP))
-                    bits = (bits & ((LEVELS - 1) << TOP)) | 0x3F800000  # the bits of 1.0
+                    bits = (bits & ((LEVELS - 1) << TOP)) | one
                     dot += bits.to(tl.float32, bitcast=True) * x_i[None, :, :]
                     sum_x += x_i
                 new = new + (sums[b] + scale[:, :, None] * (dot - offset[:, :, None] * sum_x[None, :, :]),)  # noqa: RUF005

@@ -14,7 +14,7 @@ from ml_engineer_track.kernels.device import INTERPRETED
 assert INTERPRETED
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
     rows=st.integers(2, 5),
     vocabulary=st.integers(1, 3 * ce.BLOCK + 1),

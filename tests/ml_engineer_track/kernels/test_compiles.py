@@ -13,7 +13,7 @@ from ml_engineer_track.kernels.device import HAS_TRITON, INTERPRETED
 pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="Triton is not installed, or only interprets")
 
 POINTERS = {"x": "*bf16", "words": "*i32", "scales": "*bf16", "zeros": "*bf16", "out": "*bf16"}
-SIZES = dict.fromkeys(("batch", "columns", "rows", "groups"), "i32")
+SIZES = dict.fromkeys(("batch", "columns", "rows", "groups", "one"), "i32")
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, int], capability: int, warps: int) -> Any:
@@ -34,9 +34,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("capability", "bits", "batch"), [(80, 4, 1), (90, 4, 1), (90, 2, 1), (90, 4, 8)])
 def test_the_matrix_vector_kernel_compiles_and_reads_sixteen_bytes_at_a_time(capability: int, bits: int, batch: int) -> None:
-    rows, groups, warps = dequant_matvec.SHAPES[0]
-    constants = {"BITS": bits, "WORDS": 2 * bits, "BATCH": batch, "ROWS": rows, "GROUPS": groups}
-    made = compiled(dequant_matvec.dequant_matvec_kernel.fn, POINTERS | SIZES, constants, capability, warps)
+    first = dequant_matvec.CONFIGS[0]
+    constants = {"BITS": bits, "WORDS": 2 * bits, "BATCH": batch} | first.kwargs
+    made = compiled(dequant_matvec.dequant_matvec_kernel.fn, POINTERS | SIZES, constants, capability, first.num_warps)
     ptx = made.asm["ptx"]
     assert "v4.b32" in ptx  # four words of packed weights in one load
     assert "cvt.rn.f32.s32" not in ptx  # codes become floats without a conversion
