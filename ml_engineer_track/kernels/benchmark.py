@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ml_engineer_track.kernels.correctness import Case, check_all
 from ml_engineer_track.kernels.cross_entropy import cross_entropy
 from ml_engineer_track.kernels.dequant_matvec import dequant_matvec, quantize
-from ml_engineer_track.kernels.device import need_triton, triton_gpu
+from ml_engineer_track.kernels.device import INTERPRETED, need_triton, triton_gpu
 from shared.errors import UserError
 from shared.hardware import fingerprint
 from shared.settings import ROOT
@@ -94,11 +94,14 @@ class Results:
 def benchmark() -> Results:
     """Check, then measure where there is a GPU and every case is right. UserError when Triton is missing."""
     need_triton("this command", gpu=False)
-    if not triton_gpu():
-        return Results(fingerprint(), True, interpreted_cases())
+    import triton
+
+    hardware = fingerprint() | {"triton": triton.__version__}
+    if INTERPRETED or not triton_gpu():
+        return Results(hardware, True, interpreted_cases())
     cases = check_all(torch.device("cuda"))
     speeds = measure() if all(case.right for case in cases) else {}
-    return Results(fingerprint(), False, cases, **speeds)
+    return Results(hardware, False, cases, **speeds)
 
 
 def interpreted_cases() -> list[Case]:

@@ -91,7 +91,8 @@ def saved_memory(results: Results) -> tuple[str, str | None, bool | None]:
 def page(results: Results) -> str:
     """The report for people."""
     h = results.hardware
-    machine = f"{h['cpu_info']}, {h['memory_gib']} GiB; GPU: {h['gpu_info'] or 'none'}; torch {h['libraries']['torch']}."
+    versions = f"torch {h['libraries']['torch']}, Triton {h['triton']}"
+    machine = f"{h['cpu_info']}, {h['memory_gib']} GiB; GPU: {h['gpu_info'] or 'none'}; {versions}."
     claims = [
         [f["claim"], f["value"] or NOT_MEASURED, {True: "yes", False: "no", None: "-"}[f["reached"]]] for f in findings(results)
     ]

@@ -18,6 +18,7 @@ from shared.errors import UserError
 from shared.hardware import fingerprint
 
 RIGHT = Case("dequant_matvec, 4 bits", (5, 70, 3), "float32", 1e-7, 1e-5)
+HARDWARE = fingerprint() | {"triton": "3"}
 
 
 @pytest.mark.skipif(not device.HAS_TRITON, reason="Triton is not installed (it has wheels for Linux only)")
@@ -45,7 +46,7 @@ def test_without_a_gpu_the_kernels_are_checked_and_no_speed_is_told(
 def test_a_wrong_kernel_is_reported_and_ends_the_command(tmp_path: Path) -> None:
     wrong = replace(RIGHT, error=float("nan"))
     with pytest.raises(UserError, match=r"1 of 2 cases are wrong on this device in dequant_matvec, 4 bits"):
-        report.write(b.Results(fingerprint(), True, [RIGHT, wrong]), tmp_path)
+        report.write(b.Results(HARDWARE, True, [RIGHT, wrong]), tmp_path)
     assert [case["right"] for case in json.loads((tmp_path / "kernels.json").read_text())["cases"]] == [True, False]
 
 
@@ -58,7 +59,7 @@ def test_goals_are_computed_from_what_a_gpu_measured() -> None:
     products = [product("ours, 4 bits", 3.2e-6), product("bitsandbytes nf4", 4e-6), product("bf16", 9e-6)]
     products += [product("ours, 4 bits", 9e-6, batch=8), product("bitsandbytes nf4", 4e-6, batch=8)]
     losses = [b.Loss("7 B", 8192, 32000, "ours", 2e6, 10**9), b.Loss("7 B", 8192, 32000, "PyTorch on float32", 1e6, 4 * 10**9)]
-    results = b.Results(fingerprint(), False, [RIGHT], 4e12, products, losses)
+    results = b.Results(HARDWARE, False, [RIGHT], 4e12, products, losses)
     found = report.findings(results)
     assert [f["value"] for f in found] == [
         "1 of 1", "78% to 78%", "1.25 to 1.25 times as fast", "0.25 to 0.25 of the memory, 2.00 to 2.00 times as fast",
