@@ -36,7 +36,7 @@ def test_without_a_gpu_the_kernels_are_checked_and_no_speed_is_told(
     assert {case["kernel"] for case in facts["cases"]} == {
         "dequant_matvec, 4 bits", "dequant_matvec, 2 bits", "cross_entropy, loss", "cross_entropy, gradient",
     }  # fmt: skip
-    assert all(0 < case["error"] <= case["bound"] for case in facts["cases"])
+    assert all(0 <= case["error"] <= case["bound"] for case in facts["cases"])
     assert (facts["interpreted"], facts["copy_bandwidth"], facts["products"], facts["losses"]) == (True, None, [], [])
     assert [found["reached"] for found in facts["findings"]] == [True, None, None, None]
     page = (tmp_path / "reports" / "kernels.html").read_text(encoding="utf-8")

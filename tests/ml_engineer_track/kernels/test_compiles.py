@@ -34,7 +34,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("capability", "bits", "batch"), [(80, 4, 1), (90, 4, 1), (90, 2, 1), (90, 4, 8)])
 def test_the_matrix_vector_kernel_compiles_and_reads_sixteen_bytes_at_a_time(capability: int, bits: int, batch: int) -> None:
-    first = dequant_matvec.CONFIGS[0]
+    first = dequant_matvec.with_sums_in_registers(dequant_matvec.CONFIGS, {}, BATCH=batch)[0]
     constants = {"BITS": bits, "WORDS": 2 * bits, "BATCH": batch} | first.kwargs
     made = compiled(dequant_matvec.dequant_matvec_kernel.fn, POINTERS | SIZES, constants, capability, first.num_warps)
     ptx = made.asm["ptx"]
