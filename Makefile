@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml quantize distill ai demo serve bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill kernels ai demo serve bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -36,6 +36,9 @@ quantize: setup ## fewer bits: without BITS the 4- and 8-bit variants; BITS=2, 3
 
 distill: setup ## a student of a third of the published model's size, published beside it. PRESET= NO_TEACHER=1 TEACHER=, STUDENT=folder
 	@$(BIN)/python -m ml_engineer_track distill $(if $(NO_TEACHER),--no-teacher) $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(STUDENT),--student "$(STUDENT)")
+
+kernels: setup ## the Triton kernels: right on this device? On a GPU also how fast, beside bitsandbytes and bf16
+	@$(BIN)/python -m ml_engineer_track kernels
 
 ai: setup ## AI track: the same model as a product: indexed, talked to, judged, measured. LLM_BASE_URL=, LLM_MODEL=
 	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run

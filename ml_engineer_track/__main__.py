@@ -179,6 +179,15 @@ def pretrain(
 
 
 @app.command()
+def kernels() -> None:
+    """Our Triton kernels: right on this device? On a GPU also how fast, beside bitsandbytes and bf16."""
+    from ml_engineer_track.kernels import benchmark as b
+    from ml_engineer_track.kernels import report
+
+    report.write(b.benchmark(), load_settings("tiny").artifacts / "reports")
+
+
+@app.command()
 def serve(
     model: Annotated[
         Path | None, typer.Option(help="a published version or a model folder (default: the current version)")
@@ -187,6 +196,9 @@ def serve(
     adapter: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: a LoRA adapter of the base model in --model")] = None,
     draft: Annotated[
         str | None, typer.Option(help="a variant or folder: a small model that proposes tokens (CPU engine)")
+    ] = None,
+    kernel: Annotated[
+        str | None, typer.Option(help="triton: pack bf16 weights to 4 bits, multiply with our own kernel (GPU)")
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino, transformers or vllm")] = "auto",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
@@ -205,12 +217,17 @@ def serve(
     loras = adapters.read(adapter or [])
     if draft and engine == "vllm":
         raise UserError("--draft works with the CPU engine, not with vllm", "--engine", "Leave one of them out")
+    if kernel not in (None, "triton"):
+        raise UserError(f"unknown kernel {kernel!r}", "--kernel", "There is: triton")
+    if kernel and (loras or engine == "vllm"):
+        other = "--adapter" if loras else "--engine vllm"
+        raise UserError(f"--kernel does not work with {other}", "the command line", "Leave one of them out")
     if engine == "vllm":
         return serve_with_vllm(model, variant or [], loras, host, port, artifacts)
     if engine not in ("auto", "openvino", "transformers"):
         raise UserError(f"unknown engine {engine!r}", "--engine", "Use auto, openvino, transformers or vllm")
     limits = Limits(cache_mb, max_running, max_waiting)
-    return run_server(model, variant or [], loras, engine, host, port, artifacts, limits, draft)  # type: ignore[arg-type]
+    return run_server(model, variant or [], loras, engine, host, port, artifacts, limits, draft, kernel)  # type: ignore[arg-type]
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from typing import Literal
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ml_engineer_track.gguf_export import FILE_NAME, KINDS, write_gguf
+from ml_engineer_track.kernels.device import need_triton
 from ml_engineer_track.models import check_model_path, load_model, load_tokenizer
 from ml_engineer_track.serving.adapters import Adapter
 from ml_engineer_track.serving.completions import Served
@@ -44,7 +45,7 @@ class Entry:
     """A model to serve. `aliases` are other names for it; without golden replies there is nothing to compare with.
 
     With `adapter`, it is that LoRA adapter on top of the model in `folder`, which is served as `parent`. With `draft`, a smaller
-    model proposes its tokens (serving/speculative.py).
+    model proposes its tokens (serving/speculative.py). `packed`: its linear layers are packed to 4 bits when it is loaded.
     """
 
     name: str
@@ -55,12 +56,30 @@ class Entry:
     adapter: Path | None = None
     parent: str | None = None
     draft: Path | None = None
+    packed: bool = False
 
 
 def with_adapters(base: Path, adapters: Sequence[Adapter], artifacts: Path) -> list[Entry]:
     """The base model and, under their names, the adapters on top of it."""
     (below,) = entries(base, [], "transformers", artifacts)
     return [below, *(replace(below, name=a.name, aliases=(), adapter=a.folder, parent=below.name) for a in adapters)]
+
+
+def with_kernel(model: Path | None, variants: Sequence[str], engine: EngineName, artifacts: Path) -> list[Entry]:
+    """Full-precision variants (bf16 unless named), to be multiplied by our own 4-bit kernel (kernels/linear.py).
+
+    They get a name of their own, and golden replies they have none: those of bf16 were given by other weights.
+    """
+    if engine == "openvino":
+        raise UserError("--kernel works with the transformers engine, not with openvino", "--engine", "Leave one of them out")
+    need_triton("--kernel triton")
+    folder = model or handoff.current(artifacts / "models")
+    full = variants or (["bf16"] if (folder / "manifest.json").exists() else [])
+    found = entries(folder, full, "transformers", artifacts)
+    return [
+        replace(e, name=f"{e.name}-packed4", aliases=tuple(f"{a}-packed4" for a in e.aliases), golden=(), packed=True)
+        for e in found
+    ]
 
 
 def entries(model: Path | None, variants: Sequence[str], engine: EngineName, artifacts: Path) -> list[Entry]:
@@ -164,8 +183,9 @@ def build(entry: Entry, limits: Limits) -> Served:
 
         adapter = str(entry.adapter) if entry.adapter else None
         engine = TransformersEngine(
-            str(entry.folder), tokenizer, stops, limits.cache_mb, limits.max_running, limits.max_waiting, adapter
-        )
+            str(entry.folder), tokenizer, stops, limits.cache_mb, limits.max_running, limits.max_waiting, adapter,
+            entry.packed,
+        )  # fmt: skip
     return Served(entry.name, engine, tokenizer, context_window(entry.folder), entry.parent)
 
 

@@ -19,7 +19,7 @@ import uvicorn
 from ml_engineer_track.serving import parity
 from ml_engineer_track.serving.adapters import Adapter, base_of
 from ml_engineer_track.serving.app import State, create_app
-from ml_engineer_track.serving.catalog import EngineName, Entry, Limits, build, entries, with_adapters
+from ml_engineer_track.serving.catalog import EngineName, Entry, Limits, build, entries, with_adapters, with_kernel
 from ml_engineer_track.serving.speculative import with_draft
 from shared.errors import UserError
 
@@ -30,11 +30,13 @@ BACKLOG = 2048
 
 def serve(
     model: Path | None, variants: Sequence[str], adapters: Sequence[Adapter], engine: EngineName, host: str, port: int,
-    artifacts: Path, limits: Limits, draft: str | None = None,
+    artifacts: Path, limits: Limits, draft: str | None = None, kernel: str | None = None,
 ) -> None:  # fmt: skip
     """Serve until a signal comes. UserError when there is nothing to serve, the port is taken, or the parity check fails."""
     if adapters:
         found = with_adapters(base_of(adapters, model, variants, engine), adapters, artifacts)
+    elif kernel:
+        found = with_kernel(model, variants, engine, artifacts)
     else:
         found = entries(model, variants, engine, artifacts)
     if draft:

@@ -49,7 +49,7 @@ class Row:
 class TransformersEngine(Engine):
     """`path` is a model folder as `from_pretrained` takes it, `adapter` a LoRA adapter to merge into it.
 
-    UserError when it cannot be loaded.
+    With `packed`, its linear layers are packed to 4 bits and multiplied by our own kernel. UserError when it cannot be loaded.
     """
 
     name = "transformers"
@@ -57,10 +57,11 @@ class TransformersEngine(Engine):
 
     def __init__(
         self, path: str, tokenizer: PreTrainedTokenizerBase, stops: list[int], cache_mb: int, max_running: int, max_waiting: int,
-        adapter: str | None = None,
+        adapter: str | None = None, packed: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(max_running, max_waiting)
         self.path, self.tokenizer, self.stops, self.cache_mb, self.adapter = path, tokenizer, stops, cache_mb, adapter
+        self.packed = packed
         self.rows: dict[str, Row] = {}
         self.jobs: dict[str, Job] = {}
         self.number = 0
@@ -71,6 +72,11 @@ class TransformersEngine(Engine):
 
     def do_load(self) -> None:
         self.model = load_merged(self.path, self.adapter) if self.adapter else load_model(self.path)
+        if self.packed:
+            from ml_engineer_track.kernels.linear import pack_linears, warm_up  # Triton takes a second to import, and few pack
+
+            pack_linears(self.model, self.path)
+            warm_up(self.model)
         self.config = self.model.config.get_text_config()
         c = self.config
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
