@@ -140,7 +140,7 @@ def page(facts: dict[str, Any]) -> str:
     )
 
 
-COLUMNS = ("predicted", "measured", "checkpointing:", "measured")
+COLUMNS = ("predicted", "measured", "checkpointed", "measured")
 
 
 def memory_rows(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:

@@ -179,7 +179,8 @@ def suggest(settings: Settings, groups: dict[str, Targets], trial: optuna.Trial)
 
 
 def values_of(params: dict[str, Any]) -> Values:
-    return Values(params["rank"], params["alpha_ratio"], params["targets"], 10 ** params["log10_learning_rate"])
+    rate = float(f"{10 ** params['log10_learning_rate']:.6g}")  # 0.002 comes back as 0.002
+    return Values(params["rank"], params["alpha_ratio"], params["targets"], rate)
 
 
 def params_of(values: Values) -> dict[str, Any]:
