@@ -12,6 +12,7 @@ kernels' scratch space).
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -133,15 +134,20 @@ def peak_of(work: Callable[[], Any]) -> int:
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # what a cycle keeps would be freed at some moment of the work
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    events, totals = list(profiler.profiler.kineto_results.experimental_event_tree()), [0]
+    events, counted = list(profiler.profiler.kineto_results.experimental_event_tree()), []
     while events:
         event = events.pop()
         events += event.children
         if event.tag == _EventType.Allocation:
-            totals.append(event.extra_fields.total_allocated)
-    return max(totals)
+            counted.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
+    if not counted:
+        return 0
+    _, total, size = min(counted)
+    # The count goes on from one profile to the next, with what the last one saw made and not freed.
+    return max(total for _, total, _ in counted) - (total - size)
 
 
 def real_model(plan: Plan) -> Any:

@@ -87,7 +87,7 @@ def test_a_search_by_real_fine_tunings_ends_with_a_report_and_goes_on_from_there
 
     again = t.open_study(settings, data)
     before = [(trial.number, trial.value) for trial in t.finished(again.study)]
-    asked = made_up(lambda values, seed: 9.0, monkeypatch)
+    asked = made_up(lambda values, seed: 99.0, monkeypatch)
     t.tune(again, trials=2)
     assert asked == []
     t.tune(again, trials=3)
