@@ -106,20 +106,21 @@ def importances(search: Search) -> dict[str, float] | None:
 
 def verdict(search: Search, found: Values) -> dict[str, Any]:
     """Whether the preset's values are what was found, or as good, or worse with every seed that was tried."""
-    count = len(finished(search.study))
+    number = len(finished(search.study))
+    count = f"{number} trial{'s' if number > 1 else ''}"
     if found.close_to(search.preset):
-        return {"preset_is_best": True, "says": f"the preset's values are what {count} trials found: {found}"}
+        return {"preset_is_best": True, "says": f"the preset's values are what {count} found: {found}"}
     ours, theirs = repeats(search, found), repeats(search, search.preset)
     if len(ours) < search.settings.tune.repeats or len(theirs) < len(ours):
-        says = f"the best of {count} trials so far: {found}; it was not yet compared with the preset's values on other seeds"
+        says = f"the best of {count} so far: {found}; it was not yet compared with the preset's values on other seeds"
         return {"preset_is_best": None, "says": says}
     worse = all(a < b for a, b in zip(ours, theirs, strict=True))
     figures = f"{mean(ours):.4f} beside the preset's {mean(theirs):.4f} ({mean(ours) / mean(theirs) - 1:+.1%})"
     seeds = f"{len(ours)} other seed{'s' if len(ours) > 1 else ''}"
     if worse:
-        says = f"the preset's values are not what {count} trials found: {found} gives {figures}, lower with each of {seeds}"
+        says = f"the preset's values are not what {count} found: {found} gives {figures}, lower with each of {seeds}"
     else:
-        good = f"the preset's values are as good as what {count} trials found"
+        good = f"the preset's values are as good as what {count} found"
         says = f"{good}: {found} gives {figures}, not lower with each of {seeds}"
     return {"preset_is_best": not worse, "says": says}
 
