@@ -125,7 +125,7 @@ def page(facts: dict[str, Any]) -> str:
             paragraph(
                 "Predicted from the model's config on tensors without memory; measured as PyTorch's allocator counts the tensors "
                 "of a real step after the first. Logits are what the step takes beyond one in which a single token of each row "
-                "gets logits; activations the rest of its widest moment. Scratch space of kernels is measured, not predicted, and "
+                "gets logits; activations the rest of its widest moment. Kernels' scratch space is measured, not predicted, and "
                 "can move bytes from logits to activations. The process is counted from outside "
                 f"({what}), with libraries' scratch space and the allocator's slack."
             ),
