@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-export PRESET MODEL METHOD SEED DATASETS ARTIFACTS
+export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml quantize distill kernels ai demo serve bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -28,7 +28,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PIP) -c torch.txt -c constraints.txt -e '.[dev]'
 	@touch $@
 
-ml: setup ## ML track: leaflets -> LoRA -> 4-bit -> evaluated, measured, published. PRESET=, MODEL=, METHOD=qlora
+ml: setup ## ML track: leaflets -> LoRA -> 4-bit -> evaluated, measured, published. PRESET=, MODEL=, METHOD=qlora, VRAM_GB=8
 	@$(BIN)/python -m ml_engineer_track run
 
 quantize: setup ## fewer bits: without BITS the 4- and 8-bit variants; BITS=2, 3, 4 or mixed: the study below 4 bits, that model repaired
@@ -39,6 +39,12 @@ distill: setup ## a student of a third of the published model's size, published 
 
 kernels: setup ## the Triton kernels: right on this device? On a GPU also how fast, beside bitsandbytes and bf16
 	@$(BIN)/python -m ml_engineer_track kernels
+
+tune: setup ## search LoRA rank, alpha, targets and learning rate by short fine-tunings; goes on where it was. TRIALS= MINUTES= PRESET=
+	@$(BIN)/python -m ml_engineer_track tune $(if $(TRIALS),--trials "$(TRIALS)") $(if $(MINUTES),--minutes "$(MINUTES)")
+
+accounting: setup ## memory and FLOPs of a training step, predicted and measured, and what fits VRAM_GB=8. PRESET=, METHOD=qlora
+	@$(BIN)/python -m ml_engineer_track accounting
 
 ai: setup ## AI track: the same model as a product: indexed, talked to, judged, measured. LLM_BASE_URL=, LLM_MODEL=
 	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run

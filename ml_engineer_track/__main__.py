@@ -88,6 +88,42 @@ def distill(
 
 
 @app.command()
+def tune(
+    preset: Preset = None,
+    model: Model = None,
+    method: Method = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="finished trials the study shall hold (default: the preset's)")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="begin no trial after as many minutes")] = None,
+) -> None:
+    """Search LoRA rank, alpha, target modules and learning rate by short fine-tunings. Needs the extra [tune]."""
+    from ml_engineer_track import pipeline as p
+    from ml_engineer_track import tune as t
+    from ml_engineer_track import tune_report
+    from ml_engineer_track.accounting import fit_to_vram
+
+    t.need_optuna()
+    with p.locked_stages(load_settings(preset, model=model, method=method)) as stages:
+        data = p.curate_stage(stages, p.train_ranker_stage(stages))
+        search = t.open_study(fit_to_vram(stages.settings, data), data)
+        try:
+            t.tune(search, trials, minutes)
+        finally:  # what is finished counts, also after Ctrl-C
+            tune_report.write(search)
+
+
+@app.command()
+def accounting(preset: Preset = None, model: Model = None, method: Method = None) -> None:
+    """Memory and FLOPs of one training step, predicted and measured, and what fits VRAM_GB."""
+    from ml_engineer_track import accounting_report
+    from ml_engineer_track import pipeline as p
+
+    with p.locked_stages(load_settings(preset, model=model, method=method)) as stages:
+        accounting_report.account(stages.settings, p.curate_stage(stages, p.train_ranker_stage(stages)))
+
+
+@app.command()
 def evaluate(preset: Preset = None, path: Annotated[str, typer.Option(help="model folder or hub id")] = "") -> None:
     """Score any model on the test split (default: the preset's base model)."""
     from ml_engineer_track import evaluate as e

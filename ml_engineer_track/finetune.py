@@ -20,9 +20,10 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,18 +89,20 @@ class Batch:
         return [Batch(self.ids[p], self.mask[p], self.labels[p], self.weights[p], self.keep) for p in parts]
 
 
-def finetune(settings: Settings, data: CuratedData) -> Tuned:
-    """Train an adapter for `settings.model` on `data`, in `settings.work/finetune`. Resumes what it finds there."""
+def finetune(settings: Settings, data: CuratedData, watch: Callable[[int, float], Any] | None = None) -> Tuned:
+    """Train an adapter for `settings.model` on `data`, in `settings.work/finetune`. Resumes what it finds there.
+
+    `watch` gets the step and the validation loss of every look; what it raises ends the run.
+    """
     options, work = settings.finetune, settings.work / "finetune"
     need_disk(work, 200_000_000)
     target = device()
     tokenizer = load_tokenizer(settings.model_path)
     torch.manual_seed(settings.seed)
-    model = add_adapter(load_base(settings), options)
+    model = add_adapter(load_base(settings), options).train()
+    at_once = options.micro_batch_tokens or options.batch_tokens
     train = encode(data.rows("train"), tokenizer, options.choice_weight)
-    validation = batches(
-        encode(data.rows("validation"), tokenizer, options.choice_weight), options.batch_tokens, tokenizer.pad_token_id
-    )
+    validation = batches(encode(data.rows("validation"), tokenizer, options.choice_weight), at_once, tokenizer.pad_token_id)
     plan = plan_batches(train, options, settings.seed)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.learning_rate, fused=True)
@@ -116,7 +119,9 @@ def finetune(settings: Settings, data: CuratedData) -> Tuned:
             waited += time.perf_counter() - before
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * schedule(step, len(plan), options.warmup_share)
-            loss, pieces = backward(model, batch, pieces)
+            asked = max(pieces, math.ceil(len(batch.ids) / max(1, at_once // batch.ids.shape[1])))
+            loss, fitted = backward(model, batch, asked)
+            pieces = fitted if fitted > asked else pieces
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -125,6 +130,8 @@ def finetune(settings: Settings, data: CuratedData) -> Tuned:
             state.step, state.loss = step + 1, [*state.loss, loss]
             if (step + 1) % options.evaluate_every == 0 or step + 1 == len(plan):
                 state.look(step + 1, validation_loss(model, validation), model, work)
+                if watch:
+                    watch(step + 1, state.validation[-1]["loss"])
             bar.update(1, loss=f"{loss:.2f}", best=f"{state.best:.3f}" if state.validation else "-")
             if (step + 1) % options.checkpoint_every == 0:
                 state.save(model, optimizer, work)
@@ -162,7 +169,10 @@ def add_adapter(model: PreTrainedModel, options: Finetune) -> PeftModel:
         target_modules=options.targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    tuned = get_peft_model(model, config)
+    if options.gradient_checkpointing:  # keeps what enters each layer and computes the rest again in the backward pass
+        model.activation_checkpointing_enable()
+    return tuned
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, choice_weight: float = 1.0) -> list[Example]:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from ml_engineer_track import report
+from ml_engineer_track.accounting import fit_to_vram
 from ml_engineer_track.benchmark import benchmark
 from ml_engineer_track.benchmark_training import training_throughput
 from ml_engineer_track.curate import CuratedData, curate
@@ -55,7 +56,7 @@ def run(settings: Settings) -> Published:
         figures = benchmark_stage(stages, data, variants)
         published = publish_stage(stages, data, tuned, variants, scores, figures, ranker)
         set_current(settings.artifacts / "models", published.version)  # also after a skip: another preset may have moved it
-        report.write(report.Run(settings, data, tuned, variants, scores, figures, published, stages.seconds))
+        report.write(report.Run(stages.settings, data, tuned, variants, scores, figures, published, stages.seconds))
     return published
 
 
@@ -75,7 +76,7 @@ def curate_stage(stages: Stages, ranker: TrainedRanker) -> CuratedData:
 
 
 def finetune_stage(stages: Stages, data: CuratedData) -> Tuned:
-    s = stages.settings
+    s = stages.settings = fit_to_vram(stages.settings, data)
     options = [s.finetune.model_dump(), s.seed, s.model]
     return stages.run("finetune", Tuned, lambda: finetune(s, data), _weights(s), ("finetune.py", "models.py"), options)
 

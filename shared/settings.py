@@ -28,6 +28,7 @@ OVERRIDES = {
     "SEED": ("seed",),
     "DATASETS": ("datasets",),
     "ARTIFACTS": ("artifacts",),
+    "VRAM_GB": ("vram_gb",),
 }
 
 
@@ -61,6 +62,20 @@ class Finetune(_Strict):
     evaluate_every: int = Field(gt=0)
     patience: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)
+    # Memory, not learning: VRAM_GB sets these two (ml_engineer_track/accounting.py).
+    micro_batch_tokens: int | None = Field(default=None, gt=0)
+    gradient_checkpointing: bool = False
+
+
+class Tune(_Strict):
+    trials: int = Field(gt=0)
+    share: float = Field(gt=0, le=1)
+    looks: int = Field(ge=2)
+    validation_rows: int = Field(gt=0)
+    repeats: int = Field(ge=1)
+    ranks: list[int] = Field(min_length=1)
+    alpha_ratios: list[float] = Field(min_length=1)
+    learning_rates: tuple[float, float]
 
 
 class Quantize(_Strict):
@@ -126,8 +141,10 @@ class Settings(_Strict):
     seed: int
     artifacts: Path = ROOT / "artifacts"
     datasets: Path = ROOT / "datasets"
+    vram_gb: float | None = Field(default=None, gt=0)
     curate: Curate
     finetune: Finetune
+    tune: Tune
     quantize: Quantize
     low_bits: LowBits
     distill: Distill

@@ -471,6 +471,30 @@ def test_a_run_that_ends_leaves_no_checkpoint_to_resume(settings: Settings, data
     assert 0 <= tuned.data_wait_share <= 1
 
 
+def test_who_watches_sees_every_look_and_may_end_the_run(settings: Settings, data: CuratedData) -> None:
+    seen: list[tuple[int, float]] = []
+    tuned = ft.finetune(settings, data, lambda step, loss: seen.append((step, loss)))
+    assert [{"step": step, "loss": loss} for step, loss in seen] == tuned.validation
+
+    def ends(step: int, loss: float) -> None:
+        raise InterruptedError(step)
+
+    with pytest.raises(InterruptedError, match="4"):
+        ft.finetune(settings, data, ends)
+
+
+@pytest.mark.parametrize("memory", [{"micro_batch_tokens": 250}, {"gradient_checkpointing": True}])
+def test_what_saves_memory_does_not_change_what_is_learnt(
+    settings: Settings, data: CuratedData, tmp_path: Path, memory: dict[str, Any]
+) -> None:
+    short = settings.model_copy(update={"finetune": settings.finetune.model_copy(update={"epochs": 2.0})})
+    whole = ft.finetune(short, data)
+    saving = short.model_copy(update={"finetune": short.finetune.model_copy(update=memory), "artifacts": tmp_path / "saving"})
+    saved = ft.finetune(saving, data)
+    assert saved.loss == pytest.approx(whole.loss, rel=0.01)
+    assert saved.best_validation_loss == pytest.approx(whole.best_validation_loss, rel=0.01)
+
+
 def test_training_lowers_the_loss(settings: Settings, data: CuratedData) -> None:
     tuned = ft.finetune(settings, data)
     assert sum(tuned.loss[-3:]) < 0.8 * sum(tuned.loss[:3])

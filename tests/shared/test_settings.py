@@ -110,11 +110,18 @@ def test_a_section_that_has_no_names_is_refused_although_one_of_its_values_is_gi
 
 # --- overrides -------------------------------------------------------------------------------------------------------
 
-GIVEN = {"MODEL": "org/model", "METHOD": "qlora", "SEED": "11", "DATASETS": "/some/data", "ARTIFACTS": "/some/results"}
+GIVEN = {
+    "MODEL": "org/model",
+    "METHOD": "qlora",
+    "SEED": "11",
+    "DATASETS": "/some/data",
+    "ARTIFACTS": "/some/results",
+    "VRAM_GB": "8.0",
+}
 
 
 def overridden(loaded: Settings) -> dict[str, str]:
-    values = (loaded.model, loaded.finetune.method, loaded.seed, loaded.datasets, loaded.artifacts)
+    values = (loaded.model, loaded.finetune.method, loaded.seed, loaded.datasets, loaded.artifacts, loaded.vram_gb)
     return dict(zip(GIVEN, map(str, values), strict=True))
 
 
@@ -153,6 +160,7 @@ def test_a_seed_of_zero_is_given() -> None:
     ("variable", "value", "told"),
     [
         ("SEED", "seven", "seed: Input should be a valid integer"),
+        ("VRAM_GB", "0", "vram_gb: Input should be greater than 0"),
         ("METHOD", "dora", "finetune.method: Input should be 'lora' or 'qlora'"),
     ],
 )
