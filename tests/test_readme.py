@@ -49,7 +49,9 @@ def run(command: str, artifacts: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PRESET": "smoke", "ARTIFACTS": str(artifacts), "PYTHON": sys.executable}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     # `make` would set up .venv first; these tests already run in an environment that has everything.
-    command = re.sub(r"\bmake (ml|ai|distill|quantize|tune|accounting)\b", rf"make \1 VENV={Path(sys.executable).parent.parent}", command)
+    command = re.sub(
+        r"\bmake (ml|ai|distill|quantize|tune|accounting)\b", rf"make \1 VENV={Path(sys.executable).parent.parent}", command
+    )
     return subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
