@@ -87,7 +87,8 @@ def test_every_side_gets_the_same_work(target: Target, folders: dict[str, Path])
         assert sorted(a.prompt_tokens for a in load.answers) == sorted(a.prompt_tokens for a in loads[0].answers)
         assert load.duration > 0
     for load in loads[:2]:
-        assert all(0 < a.ttft <= a.e2el and a.tpot for a in load.answers)
+        assert all(0 < a.ttft <= a.e2el for a in load.answers)
+        assert any(a.tpot for a in load.answers)  # on a busy machine a whole reply may come in one piece
 
 
 def test_the_random_model_is_served_and_every_token_can_be_seen(tmp_path: Path) -> None:
