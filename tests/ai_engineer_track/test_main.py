@@ -71,7 +71,11 @@ def test_being_stopped_leaves_through_every_finally(sent: signal.Signals, status
         "    finally:\n        print('tidied', flush=True)\n"
         "sys.argv = ['ai_engineer_track', 'nap']\nsys.exit(m.main())"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # What a shell starts in the background ignores SIGINT, and so would all it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout
     assert process.stdout.readline() == "begun\n"
     process.send_signal(sent)
