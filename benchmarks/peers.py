@@ -117,7 +117,8 @@ def llama_cpp_command(python: Path, gguf: Path) -> list[str]:
     # Left to its defaults it decodes on half of the cores.
     threads = str(os.cpu_count() or 1)
     command = [str(python), "-m", "llama_cpp.server", "--model", str(gguf), "--port", "{port}", "--n_ctx", "2048"]
-    return [*command, "--n_threads", threads, "--n_threads_batch", threads]
+    # Left to its defaults it breaks off the reply it is writing whenever another request comes.
+    return [*command, "--n_threads", threads, "--n_threads_batch", threads, "--interrupt_requests", "false"]
 
 
 def transformers_serve(python: Path, model: str) -> Iterator[Record]:
