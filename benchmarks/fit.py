@@ -14,9 +14,7 @@ formula (2 · layers · kv heads · head dim · bytes, for each token).
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +37,8 @@ from ml_engineer_track.accounting import (
     read_config,
     skeleton,
 )
-from ml_engineer_track.accounting_measure import measured_peak
-from shared.errors import UserError
+from ml_engineer_track.accounting_measure import in_fresh_process, measured_peak
 from shared.hardware import compute_dtype, device
-from shared.settings import ROOT
 
 METHODS: tuple[Method, ...] = ("lora", "qlora", "full")
 #: Memory of common GPUs, GiB.
@@ -79,12 +75,7 @@ def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 def check(plan: Plan) -> int:
     """The measured peak of two training steps in a fresh process, in bytes of tensors (as the prediction counts)."""
-    command = [sys.executable, "-m", "benchmarks.fit", json.dumps(asdict(plan))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"the measured step failed: {last}", plan.model, "Is there enough free memory?")
-    return int(done.stdout.strip().splitlines()[-1])
+    return int(in_fresh_process("benchmarks.fit", plan))
 
 
 # --- what people read ------------------------------------------------------------------------------------------------

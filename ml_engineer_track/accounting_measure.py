@@ -50,12 +50,17 @@ class Measured:
 
 def measure(plan: Plan) -> Measured:
     """A few real training steps in a fresh process. UserError when they fail there."""
-    command = [sys.executable, "-m", "ml_engineer_track.accounting_measure", json.dumps(asdict(plan))]
+    return Measured(**json.loads(in_fresh_process("ml_engineer_track.accounting_measure", plan)))
+
+
+def in_fresh_process(module: str, plan: Any) -> str:
+    """The last line that `module` prints when it is run with a plan as JSON. UserError when it fails there."""
+    command = [sys.executable, "-m", module, json.dumps(asdict(plan))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"the measured step failed: {last}", plan.model, "Is there enough free memory?")
-    return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
+    return done.stdout.strip().splitlines()[-1]
 
 
 def measure_here(plan: Plan) -> Measured:

@@ -19,13 +19,12 @@ task alone, `no-teacher`: the difference is what the teacher was worth. Checkpoi
 
 from __future__ import annotations
 
-import json
-import math
 import random
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ml_engineer_track.checkpoint import Progress
 from ml_engineer_track.curate import CuratedData
 from ml_engineer_track.finetune import (
     Batch,
@@ -53,7 +53,7 @@ from ml_engineer_track.quantize import save, save_gguf
 from ml_engineer_track.student import blank_student, check_size, sliced_student
 from ml_engineer_track.teacher_cache import TeacherCache, teacher_cache
 from shared.errors import UserError
-from shared.files import need_disk, replace_folder, sha256_tree, write_json
+from shared.files import need_disk, sha256_tree
 from shared.hardware import compute_dtype, device
 from shared.settings import Distill, Settings
 
@@ -162,7 +162,8 @@ def train(
     options = settings.distill
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate, fused=True)
-    state = _State.resume(student, optimizer, work)
+    write = partial(_save, student)
+    state = _Progress.resume(partial(_load, student), optimizer, work)
     first, started, seen, steps = state.step, time.perf_counter(), 0, len(lesson.plan)
     if first:
         print(f"  {name}: resuming at step {first} of {steps}, from {work / 'checkpoint'}")
@@ -192,10 +193,10 @@ def train(
             state.step, state.on_policy_steps = step + 1, state.on_policy_steps + own_words
             state.loss.append(float(loss.detach()))
             if state.step % options.evaluate_every == 0 or state.step == steps:
-                state.look(validation_loss(student, lesson.validation), student, work)
+                state.look(validation_loss(student, lesson.validation), write, work, "distill.learning_rate")
             bar.update(1, loss=f"{state.loss[-1]:.2f}", best=f"{state.best:.3f}" if state.validation else "-")
             if state.step % options.checkpoint_every == 0:
-                state.save(student, optimizer, work)
+                state.save(write, optimizer, work)
     seconds = max(time.perf_counter() - started, 1e-9)
     _load(student, work / "best")
     return Trained(
@@ -295,43 +296,9 @@ def sample(
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-class _State:
-    """What a checkpoint holds beside the weights: where the run is and what it has seen."""
-
-    def __init__(self) -> None:
-        self.step, self.on_policy_steps, self.best, self.looks_without_gain = 0, 0, math.inf, 0
-        self.loss: list[float] = []
-        self.validation: list[dict[str, float]] = []
-
-    def look(self, loss: float, student: PreTrainedModel, work: Path) -> None:
-        """Record a validation loss; the best weights so far are kept in `work/best`."""
-        if not math.isfinite(loss):
-            raise UserError(f"training diverged (validation loss {loss})", f"step {self.step}", "Lower distill.learning_rate")
-        self.validation.append({"step": self.step, "loss": loss})
-        self.looks_without_gain = 0 if loss < self.best else self.looks_without_gain + 1
-        if loss < self.best:
-            self.best = loss
-            replace_folder(work / "best", lambda folder: _save(student, folder))
-
-    def save(self, student: PreTrainedModel, optimizer: torch.optim.Optimizer, work: Path) -> None:
-        def write(folder: Path) -> None:
-            _save(student, folder)
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-            write_json(folder / "state.json", vars(self))
-
-        replace_folder(work / "checkpoint", write)
-
-    @classmethod
-    def resume(cls, student: PreTrainedModel, optimizer: torch.optim.Optimizer, work: Path) -> _State:
-        """The state of the last whole checkpoint, weights and optimiser put back; a fresh one when there is none."""
-        state = cls()
-        # A kill between the two renames of `replace_folder` leaves the last checkpoint under its old name.
-        folder = next((f for f in (work / "checkpoint", work / "checkpoint.old") if (f / "state.json").exists()), None)
-        if folder is not None:
-            _load(student, folder)
-            optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-            vars(state).update(json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        return state
+@dataclass
+class _Progress(Progress):
+    on_policy_steps: int = 0
 
 
 def _save(student: PreTrainedModel, folder: Path) -> None:

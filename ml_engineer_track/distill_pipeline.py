@@ -31,7 +31,7 @@ from shared.errors import UserError
 from shared.ranking import read_ranker
 from shared.settings import Settings
 
-CODE = ("distill.py", "student.py", "teacher_cache.py", "finetune.py", "models.py")
+CODE = ("distill.py", "student.py", "teacher_cache.py", "finetune.py", "checkpoint.py", "models.py")
 #: Validation prompts that are timed in the server's engine.
 TIMED_PROMPTS = 16
 

@@ -15,13 +15,13 @@ the same order.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ml_engineer_track.checkpoint import Progress
 from ml_engineer_track.curate import CuratedData, Row
 from ml_engineer_track.models import load_model, load_tokenizer, prompt_text, without_cpu_fast_path
 from ml_engineer_track.progress import progress
@@ -106,7 +107,7 @@ def finetune(settings: Settings, data: CuratedData, watch: Callable[[int, float]
     plan = plan_batches(train, options, settings.seed)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.learning_rate, fused=True)
-    state = _State.resume(model, optimizer, work)
+    state = Progress.resume(partial(_read_adapter, model), optimizer, work)
     first, started, seen, waited = state.step, time.perf_counter(), 0, 0.0
     if first:
         print(f"  finetune: resuming at step {first} of {len(plan)}, from {work / 'checkpoint'}")
@@ -129,12 +130,12 @@ def finetune(settings: Settings, data: CuratedData, watch: Callable[[int, float]
             flops += int(batch.mask.sum()) * lora_flops_per_token(model)
             state.step, state.loss = step + 1, [*state.loss, loss]
             if (step + 1) % options.evaluate_every == 0 or step + 1 == len(plan):
-                state.look(step + 1, validation_loss(model, validation), model, work)
+                state.look(validation_loss(model, validation), model.save_pretrained, work, "finetune.learning_rate")
                 if watch:
                     watch(step + 1, state.validation[-1]["loss"])
             bar.update(1, loss=f"{loss:.2f}", best=f"{state.best:.3f}" if state.validation else "-")
             if (step + 1) % options.checkpoint_every == 0:
-                state.save(model, optimizer, work)
+                state.save(model.save_pretrained, optimizer, work)
             if state.looks_without_gain >= options.patience:
                 break
     synchronize(target)
@@ -325,44 +326,8 @@ def lora_flops_per_token(model: PeftModel) -> float:
     return 4.0 * (model.num_parameters() - trained) + 6.0 * trained
 
 
-class _State:
-    """What a checkpoint holds beside the adapter: where the run is and what it has seen."""
-
-    def __init__(self) -> None:
-        self.step, self.best, self.looks_without_gain = 0, math.inf, 0
-        self.loss: list[float] = []
-        self.validation: list[dict[str, float]] = []
-
-    def look(self, step: int, loss: float, model: PeftModel, work: Path) -> None:
-        """Record a validation loss; the best adapter so far is kept in `work/best`."""
-        if not math.isfinite(loss):
-            raise UserError(f"training diverged (validation loss {loss})", f"step {step}", "Lower finetune.learning_rate")
-        self.validation.append({"step": step, "loss": loss})
-        self.looks_without_gain = 0 if loss < self.best else self.looks_without_gain + 1
-        if loss < self.best:
-            self.best = loss
-            replace_folder(work / "best", lambda folder: model.save_pretrained(folder))
-
-    def save(self, model: PeftModel, optimizer: torch.optim.Optimizer, work: Path) -> None:
-        def write(folder: Path) -> None:
-            model.save_pretrained(folder)
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-            write_json(folder / "state.json", vars(self))
-
-        replace_folder(work / "checkpoint", write)
-
-    @classmethod
-    def resume(cls, model: PeftModel, optimizer: torch.optim.Optimizer, work: Path) -> _State:
-        """The state of the last whole checkpoint, model and optimiser put back; a fresh one when there is none."""
-        state = cls()
-        # A kill between the two renames of `replace_folder` leaves the last checkpoint under its old name.
-        folder = next((f for f in (work / "checkpoint", work / "checkpoint.old") if (f / "state.json").exists()), None)
-        if folder is None:
-            return state
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        vars(state).update(json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        return state
+def _read_adapter(model: PeftModel, folder: Path) -> None:
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
 
 def _write_adapter_config(model: PeftModel, folder: Path) -> None:

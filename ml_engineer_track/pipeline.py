@@ -78,7 +78,9 @@ def curate_stage(stages: Stages, ranker: TrainedRanker) -> CuratedData:
 def finetune_stage(stages: Stages, data: CuratedData) -> Tuned:
     s = stages.settings = fit_to_vram(stages.settings, data)
     options = [s.finetune.model_dump(), s.seed, s.model]
-    return stages.run("finetune", Tuned, lambda: finetune(s, data), _weights(s), ("finetune.py", "models.py"), options)
+    return stages.run(
+        "finetune", Tuned, lambda: finetune(s, data), _weights(s), ("finetune.py", "checkpoint.py", "models.py"), options
+    )
 
 
 def quantize_stage(stages: Stages, tuned: Tuned) -> Variants:

@@ -47,14 +47,10 @@ class Curate(_Strict):
     max_rows: int | None = None
 
 
-class Finetune(_Strict):
-    method: Literal["lora", "qlora"]
-    rank: int = Field(gt=0)
-    alpha: int = Field(gt=0)
-    dropout: float = Field(ge=0, lt=1)
-    targets: str | list[str]
+class Training(_Strict):
+    """What every training has: how fast it learns, how its rows become steps, when it looks, saves and stops."""
+
     learning_rate: float = Field(gt=0)
-    choice_weight: float = Field(ge=1)
     epochs: float = Field(gt=0)
     batch_tokens: int = Field(gt=0)
     batch_rows: int = Field(gt=0)
@@ -62,6 +58,15 @@ class Finetune(_Strict):
     evaluate_every: int = Field(gt=0)
     patience: int = Field(gt=0)
     checkpoint_every: int = Field(gt=0)
+
+
+class Finetune(Training):
+    method: Literal["lora", "qlora"]
+    rank: int = Field(gt=0)
+    alpha: int = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    targets: str | list[str]
+    choice_weight: float = Field(ge=1)
     # Memory, not learning: VRAM_GB sets these two (ml_engineer_track/accounting.py).
     micro_batch_tokens: int | None = Field(default=None, gt=0)
     gradient_checkpointing: bool = False
@@ -95,7 +100,7 @@ class LowBits(_Strict):
     repair_learning_rate: float = Field(gt=0)
 
 
-class Distill(_Strict):
+class Distill(Training):
     hidden: int = Field(gt=0)
     layers: int = Field(gt=0)
     intermediate: int = Field(gt=0)
@@ -106,14 +111,6 @@ class Distill(_Strict):
     prompt_weight: float = Field(ge=0)
     on_policy_share: float = Field(ge=0, le=0.5)
     sample_tokens: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
-    epochs: float = Field(gt=0)
-    batch_tokens: int = Field(gt=0)
-    batch_rows: int = Field(gt=0)
-    warmup_share: float = Field(ge=0, lt=1)
-    evaluate_every: int = Field(gt=0)
-    patience: int = Field(gt=0)
-    checkpoint_every: int = Field(gt=0)
 
 
 class Evaluate(_Strict):
@@ -160,7 +157,7 @@ class Settings(_Strict):
     def work(self) -> Path:
         """Where the stages of this preset and model leave their results."""
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.model).strip("-.")
-        return self.artifacts / "work" / f"{self.preset}-{name}"
+        return self.artifacts / "runs" / f"{self.preset}-{name}"
 
 
 def preset_names() -> list[str]:

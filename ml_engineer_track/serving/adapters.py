@@ -1,6 +1,6 @@
 """LoRA adapters by name: a base model and what was tuned on top of it, side by side behind one address.
 
-    python -m ml_engineer_track serve --model ml_engineer_track/base_model --adapter tuned=artifacts/work/<run>/finetune/best
+    python -m ml_engineer_track serve --model ml_engineer_track/base_model --adapter tuned=artifacts/runs/<run>/finetune/best
 
 Why an ML engineer wants this before publishing: an adapter is a small file, so several can be asked the same questions while
 none of them is merged, quantised or handed over yet. The transformers engine merges each into a copy of the base as it loads:

@@ -25,6 +25,7 @@ from ml_engineer_track.finetune import Batch, Example, Tuned
 from ml_engineer_track.models import load_model, prompt_text, without_cpu_fast_path
 from shared.chat import NOT_ANSWERED, Source, answer_messages, answer_text, follow_up
 from shared.errors import UserError
+from shared.files import replace_folder
 from shared.settings import ROOT, Settings
 from tests.ml_engineer_track.conftest import RANKER
 
@@ -421,7 +422,7 @@ def test_a_second_kill_while_the_next_checkpoint_is_written_leaves_the_old_one_w
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ft.replace_folder(tmp_path / "checkpoint", killed)
+        replace_folder(tmp_path / "checkpoint", killed)
     assert list(tmp_path.glob("checkpoint*/state.json"))
 
 

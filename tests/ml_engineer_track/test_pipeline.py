@@ -400,7 +400,7 @@ def test_a_model_path_without_weights_is_refused_before_any_work(
     (folder / "model.safetensors").unlink()
     for words in (["run", "--model", str(folder)], ["evaluate", "--path", str(folder)], ["benchmark", "--path", str(folder)]):
         assert "no weights here" in command(monkeypatch, capsys, *words)
-    assert not (prepared.artifacts / "work").exists()
+    assert not (prepared.artifacts / "runs").exists()
 
 
 def test_a_broken_leaflet_is_refused_and_the_current_model_stays(

@@ -182,7 +182,7 @@ def test_bundled_means_the_model_in_this_repository_and_other_names_are_kept() -
 @pytest.mark.parametrize("model", ["bundled", "org/model", "/models/mine", "../mine", "C:\\models\\mine", "a b;c"])
 def test_the_work_folder_is_one_plain_folder_for_each_preset_and_model(tmp_path: Path, model: str) -> None:
     work = load_settings("tiny", model=model, artifacts=tmp_path).work
-    assert work.parent == tmp_path / "work"
+    assert work.parent == tmp_path / "runs"
     assert work.name.startswith("tiny-")
     assert not set(work.name) & set("/\\ ;:")
     assert work != load_settings("smoke", model=model, artifacts=tmp_path).work
