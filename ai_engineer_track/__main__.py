@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ai_engineer_track.settings import load_ai_settings
+from ai_engineer_track.settings import AiSettings, load_ai_settings
 from shared.commandline import run_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -21,7 +21,7 @@ def run(preset: Preset = None) -> None:
     """The whole track: verify and serve the model, index, talk, measure, report (make ai)."""
     from ai_engineer_track.pipeline import run as run_all
 
-    run_all(load_ai_settings(preset))
+    run_all(_settings(preset))
 
 
 @app.command()
@@ -33,7 +33,7 @@ def serve(preset: Preset = None) -> None:
     from ai_engineer_track.inference import inference_server, need_port
     from ai_engineer_track.ingest import ingest as bring_up_to_date
 
-    settings = load_ai_settings(preset)
+    settings = _settings(preset)
     need_port(settings.api.host, settings.api.port)
     with inference_server(settings) as served:
         bring_up_to_date(served)
@@ -46,7 +46,7 @@ def ingest(preset: Preset = None) -> None:
     """Bring the index up to date with the corpus (CORPUS=folder for another one)."""
     from ai_engineer_track.ingest import ingest as bring_up_to_date
 
-    report = bring_up_to_date(load_ai_settings(preset))
+    report = bring_up_to_date(_settings(preset))
     print(
         f"{report.passages} passages as {report.version}: {report.added} new, {report.removed} gone, "
         f"{report.unchanged} unchanged ({report.seconds:.1f} s)"
@@ -61,7 +61,7 @@ def search(message: str, preset: Preset = None, k: int = 5) -> None:
     from ai_engineer_track.ingest import open_index
     from ai_engineer_track.retrieve import Retriever
 
-    settings = load_ai_settings(preset)
+    settings = _settings(preset)
     index = open_index(settings)
     for hit in Retriever(index, settings).search(message, k):
         print(f"{hit.score:8.3f}  {hit.passage.heading}\n          {hit.passage.sentences[0].text}")
@@ -78,7 +78,7 @@ def measure(preset: Preset = None) -> None:
     from ai_engineer_track.measure import measure_parts
     from ai_engineer_track.report import leaves
 
-    with inference_server(load_ai_settings(preset)) as served:
+    with inference_server(_settings(preset)) as served:
         figures = asyncio.run(measure_parts(served))
     shown = Table("figure", "value [95 % interval]", "rows")
     for path, cells in leaves(figures):
@@ -94,13 +94,17 @@ def calibrate(preset: Preset = None) -> None:
     from ai_engineer_track.llm import Llm
     from shared import library as lib
 
-    with inference_server(load_ai_settings(preset)) as served:
+    with inference_server(_settings(preset)) as served:
         labels = lib.read_rows(served.datasets, "judge_labels.jsonl", lib.JudgeLabel)[0]
         chosen = [label for label in labels if label.split == "validation"]  # the test labels are for the report
         library = lib.load_library(served.datasets)
         found = asyncio.run(judge.calibrate(Llm(served.judge_llm), chosen, library, served.evaluate.bootstrap, served.seed))
     print("\n".join(found.lines()))
     print(f"saved as {judge.save_calibration(found, served.artifacts)}")
+
+
+def _settings(preset: str | None) -> AiSettings:
+    return load_ai_settings(preset).with_its_data()
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ from ai_engineer_track.documents import read_corpus
 from ai_engineer_track.settings import AiSettings
 from shared.errors import UserError
 from shared.files import locked, need_disk, sha256_file, sha256_text, write_json, write_text
-from shared.passages import DIMENSIONS, Passage, embedder, unit_texts
+from shared.passages import DIMENSIONS, Passage, StoredVectors, embedder, unit_texts
 
 FORMAT = 1
 REBUILD = "Run `python -m ai_engineer_track ingest`"
@@ -79,7 +79,8 @@ def ingest(settings: AiSettings) -> IngestReport:
         texts = [text for passage in passages for text in unit_texts(passage)]
         need_disk(root, 50_000_000 + 12 * DIMENSIONS * len(texts))
         old, known = _previous(root)
-        vectors, embedded = _embed(texts, known)
+        stored = StoredVectors(settings.artifacts / "vectors.npz", embedder().embed)  # the ML track may have embedded the library
+        vectors, embedded = _embed(texts, {**stored.known(texts), **known})
         version = _version(passages)
         if not _is_whole(root / version):
             _build(root / version, passages, vectors)
@@ -180,7 +181,7 @@ def open_index(settings: AiSettings) -> Index:
 
 
 def _embed(texts: Sequence[str], known: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
-    """Vectors of all texts, and how many of them were not `known` from the last index."""
+    """Vectors of all texts, and how many of them were not `known`."""
     new = list(dict.fromkeys(text for text in texts if text not in known))
     if new:
         with tqdm(total=len(new), desc="  ingest: embedding", delay=2, leave=False, disable=None) as bar:

@@ -37,7 +37,7 @@ async def measure_parts(settings: AiSettings) -> dict[str, Any]:
         retriever = Retriever(index, settings)
         llm, judge_llm = Llm(settings.llm), Llm(settings.judge_llm)
         roles = Roles(settings, retriever, llm, judge_llm)
-        embed = StoredVectors(settings.artifacts / "heads" / "test-vectors.npz", index.embed)
+        embed = StoredVectors(settings.artifacts / "vectors.npz", index.embed)
         library = lib.load_library(settings.datasets)
         questions = _test(settings, "questions.jsonl", lib.Question)
         if settings.preset == "smoke":

@@ -133,6 +133,7 @@ def _own_folder(artifacts: Path) -> Path:
     for name in ("index", "models", "heads", "judge"):
         if (artifacts / name).exists():
             (folder / name).symlink_to((artifacts / name).resolve(), target_is_directory=True)
+    (folder / "vectors.npz").symlink_to((artifacts / "vectors.npz").resolve())
     return folder
 
 

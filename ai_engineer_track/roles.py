@@ -51,7 +51,7 @@ class Roles:
     def __init__(self, settings: AiSettings, retriever: Any, llm: Llm, judge_llm: Llm, large: Llm | None = None) -> None:
         self.settings, self.retriever, self.index = settings, retriever, retriever.index
         self.router, self.judge_llm = Router(llm, large), judge_llm
-        embed = StoredVectors(settings.artifacts / "heads" / "vectors.npz", self.index.embed)
+        embed = StoredVectors(settings.artifacts / "vectors.npz", self.index.embed)
         passages = self.index.passages.values()
         signs = [s for p in passages if p.section == "emergency" for s in p.sentences]
         self.nurse = TriageNurse(settings, embed, signs)

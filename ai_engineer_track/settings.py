@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from shared.errors import UserError
+from shared.thinned import thinned
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "ai_engineer_track" / "presets"
@@ -108,6 +109,7 @@ class AiSettings(_Strict):
     seed: int
     artifacts: Path = ROOT / "artifacts"
     datasets: Path = ROOT / "datasets"
+    families: float = Field(default=1.0, gt=0, le=1)
     corpus: Path | None = None
     otel_endpoint: str | None = None
     llm: LlmSettings
@@ -119,6 +121,10 @@ class AiSettings(_Strict):
     cache: Cache
     api: Api
     evaluate: Evaluate
+
+    def with_its_data(self) -> AiSettings:
+        """The same run on the share of the leaflet families that its preset asks for (`shared/thinned.py`)."""
+        return self.model_copy(update={"datasets": thinned(self.datasets, self.families, self.artifacts), "families": 1.0})
 
     @property
     def corpus_path(self) -> Path:

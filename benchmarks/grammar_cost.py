@@ -30,8 +30,9 @@ from shared.settings import ROOT
 
 BATCH, NEW_TOKENS = 16, 200
 SENTENCES = 40
-#: objects a list must have: more than a reply has room for
-ITEMS = 80
+#: objects a list must have: just more than a reply has room for, because a counted list is compiled place by place. An empty
+#: verdict takes at least 20 tokens, a decision at least 7.
+VERDICTS, DECISIONS = 10, 30
 Structured = dict[str, Any]
 
 
@@ -55,11 +56,11 @@ def verdicts(turn: int, row: int) -> Structured:
     schema = Verdict.model_json_schema()
     schema["properties"] = {"reason": {"type": "string"}, **schema["properties"]}
     schema["required"] = ["reason", *schema["required"]]
-    return {"json": list_of(schema, ITEMS + turn)}
+    return {"json": list_of(schema, VERDICTS, turn)}
 
 
 def decisions(turn: int, row: int) -> Structured:
-    return {"json": list_of(Decision.model_json_schema(), ITEMS + turn)}
+    return {"json": list_of(Decision.model_json_schema(), DECISIONS, turn)}
 
 
 def quotations(turn: int, row: int) -> Structured:
@@ -70,8 +71,10 @@ def quotations(turn: int, row: int) -> Structured:
     return {"grammar": f'start: sentence (" " sentence){{{SENTENCES - 1},{SENTENCES - 1}}}\n{rule}'}
 
 
-def list_of(schema: dict[str, Any], least: int) -> dict[str, Any]:
-    return {"type": "array", "minItems": least, "items": {"$ref": "#/$defs/Item"}, "$defs": {"Item": schema}}
+def list_of(schema: dict[str, Any], least: int, turn: int) -> dict[str, Any]:
+    """At least so many objects; the upper bound, never reached, makes the grammar of every turn a new one."""
+    bounds = {"minItems": least, "maxItems": least + 1 + turn}
+    return {"type": "array", **bounds, "items": {"$ref": "#/$defs/Item"}, "$defs": {"Item": schema}}
 
 
 KINDS = (

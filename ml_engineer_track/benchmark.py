@@ -8,15 +8,15 @@ needs both numbers from the same machine on the same day.
 How it is measured: fixed prompt and output lengths, greedy, one warm-up, at least five repeats, percentiles over the
 repeats' raw samples. Names and formulas are vLLM's (`ttft`: time to first token; `tpot`: mean time per further token;
 `itl`: each of these times) and optimum-benchmark's (`max_ram`, `max_process_vram`). Memory is read in a process of its own,
-because a library's import and an earlier model would otherwise be counted. What this device cannot tell is null.
+because an earlier model would otherwise be counted; it is forked from one that did nothing but import, so that of a library only
+what the model touches is counted. What this device cannot tell is null.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ml_engineer_track.progress import progress
 from shared.errors import UserError
 from shared.hardware import busy, device, fingerprint, synchronize
 from shared.metrics import percentiles
-from shared.settings import ROOT, Benchmark, Settings
+from shared.settings import Benchmark, Settings
 
 
 def benchmark(settings: Settings, folders: dict[str, str]) -> dict[str, Any]:
@@ -106,12 +106,17 @@ def memory(path: str, options: Benchmark) -> dict[str, Any]:
     `max_ram` is the process's peak resident set, `model_ram` what of it loading and running the model added;
     `max_process_vram` and `max_allocated` are null without a GPU.
     """
-    command = [sys.executable, "-m", "ml_engineer_track.benchmark", path, str(options.prompt_tokens), str(options.new_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"the memory pass failed: {last}", path, "Is there enough free memory?")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    # Importing torch and transformers takes longer than the pass: the fork server does it once, for every fresh process.
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        try:
+            return pool.submit(_memory_pass, path, options.prompt_tokens, options.new_tokens).result()
+        except UserError:
+            raise
+        except Exception as error:  # whatever stops a model from loading or answering there, or the kernel from letting it
+            raise UserError(f"the memory pass failed: {error}", path, "Is there enough free memory?") from None
 
 
 def _memory_pass(path: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
@@ -138,7 +143,3 @@ def peak_rss(process: psutil.Process) -> int:
     except OSError:
         pass
     return int(process.memory_info().rss)
-
-
-if __name__ == "__main__":
-    print(json.dumps(_memory_pass(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

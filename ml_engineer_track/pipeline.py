@@ -228,7 +228,7 @@ def locked_stages(settings: Settings) -> Iterator[Stages]:
     """The stages of a run, locked: two runs in one working folder would overwrite each other, so the second is refused."""
     check_model_path(settings.model_path)
     with locked(settings.work, "another run is using this working folder"):
-        yield Stages(settings)
+        yield Stages(settings.with_its_data())
 
 
 def _tokenizer_files(settings: Settings) -> list[Path]:

@@ -248,10 +248,22 @@ def row_problems(row: Row, library: Library) -> list[str]:
         sentences = row.passages
     found += [f"leaflet {slug!r} does not exist" for slug in slugs if slug not in library.leaflets]
     found += [f"sentence {sid!r} does not exist" for sid in sentences if not library.has(sid)]
-    named = sorted({*slugs, *(sid.split("/")[0] for sid in sentences)})
-    leaflets = [library.leaflets[slug] for slug in named if slug in library.leaflets]
+    leaflets = [library.leaflets[slug] for slug in sorted(named_leaflets(row)) if slug in library.leaflets]
     found += [f"split is {row.split} but leaflet {leaf.id} is {leaf.split}" for leaf in leaflets if leaf.split != row.split]
     return found
+
+
+def named_leaflets(row: Row) -> set[str]:
+    """Slugs of all leaflets a row refers to."""
+    if isinstance(row, Question):
+        return {*row.leaflets, *(sid.split("/")[0] for sid in row.answer_sentences)}
+    if isinstance(row, Case):
+        return {row.leaflet, *row.look_alikes}
+    if isinstance(row, Emergency):
+        return {row.sign.split("/")[0]} if row.sign else set()
+    if isinstance(row, JudgeLabel):
+        return {sid.split("/")[0] for sid in row.passages}
+    return set()
 
 
 def leaflet_problems(leaflet: Leaflet) -> list[str]:

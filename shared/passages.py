@@ -112,7 +112,10 @@ def embedder() -> Embedder:
 
 
 class StoredVectors:
-    """Embeddings of texts that are needed again and again, kept in one file. A changed embedding model empties it."""
+    """Embeddings of texts that are needed again and again, kept in one file. A changed embedding model empties it.
+
+    Both tracks use `artifacts/vectors.npz`: what curating the training rows has embedded, the product need not embed again.
+    """
 
     def __init__(self, path: Path, embed: Callable[[Sequence[str]], np.ndarray]) -> None:
         self.path, self._embed = path, embed
@@ -127,15 +130,21 @@ class StoredVectors:
             pass
         self._probe = probe
 
+    def known(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The vectors, (d,), of those texts that are stored."""
+        keys = {text: sha256_text(text)[:24] for text in texts}
+        return {text: self._known[key] for text, key in keys.items() if key in self._known}
+
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """(n, d) float32. New texts are embedded and stored."""
         keys = [sha256_text(text)[:24] for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
         if missing:
             self._known.update(zip(missing, self._embed(list(missing.values())), strict=True))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(".part.npz")
+            path = self.path.resolve()  # a link stays one
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part.npz")
             vectors = np.stack(list(self._known.values()))
             np.savez(part, keys=np.array(list(self._known)), vectors=vectors, probe=self._probe)
-            part.replace(self.path)
+            part.replace(path)
         return np.stack([self._known[key] for key in keys]) if keys else np.zeros((0, len(self._probe)), np.float32)

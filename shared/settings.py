@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import UserError
+from shared.thinned import thinned
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "ml_engineer_track" / "presets"
@@ -138,6 +139,7 @@ class Settings(_Strict):
     seed: int
     artifacts: Path = ROOT / "artifacts"
     datasets: Path = ROOT / "datasets"
+    families: float = Field(default=1.0, gt=0, le=1)
     vram_gb: float | None = Field(default=None, gt=0)
     curate: Curate
     finetune: Finetune
@@ -152,6 +154,10 @@ class Settings(_Strict):
     def model_path(self) -> str:
         """What `from_pretrained` gets: the bundled model's folder, another folder, or a hub id."""
         return str(BASE_MODEL) if self.model == "bundled" else self.model
+
+    def with_its_data(self) -> Settings:
+        """The same run on the share of the leaflet families that its preset asks for (`shared/thinned.py`)."""
+        return self.model_copy(update={"datasets": thinned(self.datasets, self.families, self.artifacts), "families": 1.0})
 
     @property
     def work(self) -> Path:

@@ -31,6 +31,22 @@ def test_vectors_are_stored_and_dropped_with_another_model(tmp_path: Path) -> No
     assert np.allclose(other, -first[:1])
 
 
+def test_what_is_stored_can_be_looked_up_without_embedding_anything(tmp_path: Path) -> None:
+    path = tmp_path / "v.npz"
+    made = StoredVectors(path, embed)(["one", "two"])
+    known = StoredVectors(path, embed).known(["two", "three", "two"])
+    assert list(known) == ["two"]
+    assert np.allclose(known["two"], made[1])
+
+
+def test_a_link_to_the_file_stays_one(tmp_path: Path) -> None:
+    path, link = tmp_path / "v.npz", tmp_path / "link.npz"
+    link.symlink_to(path)
+    StoredVectors(link, embed)(["one"])
+    assert link.is_symlink()
+    assert list(StoredVectors(path, embed).known(["one"])) == ["one"]
+
+
 def test_a_damaged_file_is_no_file(tmp_path: Path) -> None:
     path = tmp_path / "v.npz"
     expected = StoredVectors(path, embed)(["one", "two"])

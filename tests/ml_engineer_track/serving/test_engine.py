@@ -42,6 +42,23 @@ def test_many_at_once_all_get_theirs(counting: Make) -> None:
     assert engine.stats().running == engine.stats().waiting == engine.stats().reserved_tokens == 0
 
 
+def test_with_many_at_once_tokens_travel_together_but_first_ones_and_ends_do_not_wait(counting: Make) -> None:
+    async def run(chats: int) -> list[list[tuple[float, int]]]:
+        engine = counting(seconds=0.002, max_running=32, max_waiting=100)
+
+        async def read(stream: Stream) -> list[tuple[float, int]]:
+            start = time.perf_counter()
+            return [(time.perf_counter() - start, len(tokens)) async for tokens in stream]
+
+        return await asyncio.gather(*(read(engine.submit(Generation([1], 50))) for _ in range(chats)))
+
+    few, many = asyncio.run(run(2)), asyncio.run(run(16))
+    assert all(sum(n for _, n in events) == 50 for events in [*few, *many])
+    assert all(len(events) > 25 for events in few)
+    assert all(len(events) < 20 for events in many)
+    assert all(events[0][0] < 0.05 and events[0][1] <= 2 for events in many)
+
+
 def test_a_full_queue_is_said_at_once_with_when_to_come_back(counting: Make) -> None:
     engine = counting(seconds=0.02, max_running=1, max_waiting=2)
 
