@@ -81,7 +81,7 @@ datasheet: setup ## refresh the generated part of datasets/README.md
 	@$(BIN)/python -m shared.datasheet
 
 test: setup ## the tests that matter every day (under 8 minutes)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: setup ## all tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""

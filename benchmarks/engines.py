@@ -21,8 +21,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import psutil
-
 from benchmarks import serving
 from benchmarks.budget import REPEATS, Task, interleaved, share
 from benchmarks.connections import CONNECTIONS, allow_open_files, rush
@@ -82,8 +80,6 @@ class Bench:
     folders: dict[str, Path]
     size: Size
     target: Target
-    process: psutil.Process
-    ready_ram: float
     chats: Chats
     note: str
     records: list[Record] = field(default_factory=list)
@@ -111,11 +107,10 @@ def of_model(task: Task, name: str, path: str, size: Size, later: dict[str, tupl
     try:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             folders = gguf_folders(path, Path(folder))
-            url, process = stack.enter_context(serving.server(str(folders["q8_0"])))
-            ready = float(process.memory_info().rss)
+            url, _ = stack.enter_context(serving.server(str(folders["q8_0"])))
             target, words, note = serving.calibrate(Target(url, serving.first_model(url)))
             chats = Chats(words, size.prompt_tokens, size.new_tokens, task.seed)
-            bench = Bench(task, name, path, folders, size, target, process, ready, chats, note)
+            bench = Bench(task, name, path, folders, size, target, chats, note)
             for part, seconds in shares(task, name, size.parts, later):
                 try:
                     for record in PARTS[part](bench, seconds):
@@ -192,10 +187,12 @@ def throughput(bench: Bench, seconds: float) -> Iterator[Record]:
 
 
 def connections(bench: Bench, seconds: float) -> Iterator[Record]:
-    """A thousand at once. What the server may take: what it took when it was ready, and its cache."""
-    budget = bench.ready_ram + ServerLimits().cache_mb * 2**20
-    asks = bench.chats.take(bench.size.connections)
-    yield named(bench, OURS, rush(bench.target, bench.process, asks, budget, bench.task.slo))
+    """A thousand at once, on a fresh server. What it may take: what it took when it was ready, and its cache."""
+    with serving.server(str(bench.folders["q8_0"])) as (url, process):
+        target = replace(bench.target, base_url=url, model=serving.first_model(url))
+        budget = serving.peak_memory(process) + ServerLimits().cache_mb * 2**20
+        asks = bench.chats.take(bench.size.connections)
+        yield named(bench, OURS, rush(target, process, asks, budget, bench.task.slo))
 
 
 PARTS: dict[str, Callable[[Bench, float], Iterator[Record]]] = {

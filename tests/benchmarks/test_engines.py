@@ -279,7 +279,7 @@ def test_a_peer_that_is_not_there_is_one_line(
 ) -> None:
     monkeypatch.setattr(peers, "HOME", tmp_path)
     task = Task("engines", {}, 60)
-    bench = Bench(task, "base", str(BASE_MODEL), folders, TINY, target, psutil.Process(), 1e9, some_chats(), "")
+    bench = Bench(task, "base", str(BASE_MODEL), folders, TINY, target, some_chats(), "")
     with ExitStack() as stack:
         assert engines.peer(bench, "llama.cpp", stack, {1: 1}, "q4_0") == []
     assert len(task.skipped) == 1
@@ -288,7 +288,7 @@ def test_a_peer_that_is_not_there_is_one_line(
 
 def test_a_side_that_never_answers_is_left_out_and_the_others_take_turns(target: Target) -> None:
     task = Task("engines", {}, 60)
-    bench = Bench(task, "base", "", {}, TINY, target, psutil.Process(), 1e9, some_chats(), "")
+    bench = Bench(task, "base", "", {}, TINY, target, some_chats(), "")
     nowhere = over_http("nowhere", Target("http://127.0.0.1:9/v1", "x"), 1, 1)
     (record,) = engines.in_turns(bench, "throughput", [over_http(goals.OURS, target, 2, 4), nowhere], 60)
     assert "nowhere: no chat was answered" in task.skipped[0]

@@ -422,7 +422,7 @@ def test_a_second_run_at_the_same_time_is_refused(
             assert "another run is using this working folder" in command(monkeypatch, capsys, word)
     with p.locked_stages(load_settings()) as stages:  # and once the first has ended, the next may begin
         assert isinstance(stages, p.Stages)
-        assert stages.settings == load_settings()
+        assert stages.settings == load_settings().with_its_data()
 
 
 def test_runs_on_different_models_do_not_lock_each_other_out(prepared: Settings, tmp_path: Path) -> None:
