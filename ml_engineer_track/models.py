@@ -101,8 +101,8 @@ def local_model(given: str, option: str) -> Path:
     What can only be a folder is never looked for on the hub. UserError when there is no model; `option` is where it was named.
     """
     folder, parent = Path(given).expanduser(), Path(given).parent
-    is_path = given.startswith((".", "/", "~", "\\")) or given.count("/") > 1 or (parent != Path() and parent.is_dir())
-    if folder.exists() or is_path or not given.strip():
+    looks_local = given.startswith((".", "/", "~", "\\")) or given.endswith("/") or given.count("/") > 1 or not given.strip()
+    if folder.exists() or looks_local or (parent != Path() and parent.is_dir()):
         check_model_path(str(folder.absolute()), f"{option} {given}", f"{option} takes a model folder or a hub id")
         return folder
     with _clear_errors(f"{option} {given}"):

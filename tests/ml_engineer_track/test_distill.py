@@ -301,10 +301,18 @@ def test_too_little_memory_is_an_error_for_the_user(
 def test_patience_ends_a_run_with_its_best_weights(
     settings: Settings, data: CuratedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = iter([2.0, 3.0, 4.0, 5.0, 6.0])
-    monkeypatch.setattr(ds, "validation_loss", lambda *_: next(losses))
+    losses, seen = iter([2.0, 3.0, 4.0, 5.0, 6.0]), []
+
+    def look(student: PreTrainedModel, _: object) -> float:
+        seen.append(student.model.embed_tokens.weight.detach().to(torch.bfloat16).float())
+        return next(losses)
+
+    monkeypatch.setattr(ds, "validation_loss", look)
     impatient = settings.model_copy(update={"distill": settings.distill.model_copy(update={"patience": 1, "evaluate_every": 2})})
     side = ds.distill(impatient, data, settings.model, ds.NO_TEACHER)
     assert side.stopped_early
     assert side.steps == 4
     assert side.best_validation_loss == 2.0
+    kept = load_model(side.folder, torch.float32).model.embed_tokens.weight
+    assert torch.equal(kept, seen[0])
+    assert not torch.equal(kept, seen[1])
