@@ -35,6 +35,11 @@ from shared.ranking import read_ranker
 from shared.settings import Settings
 
 CODE = ("distill.py", "student.py", "teacher_cache.py", "finetune.py", "checkpoint.py", "models.py")
+WHY = {
+    STUDENT: "a teacher says more about a row than its label",
+    NO_TEACHER: "what the same student learns from the labels alone is what the teacher must beat",
+    FROM_SCRATCH: "what a start from noise reaches tells what the start was worth",
+}
 #: Validation prompts that are timed in the server's engine.
 TIMED_PROMPTS = 16
 
@@ -118,7 +123,7 @@ def distill_stage(stages: Stages, rows: CuratedData, teacher: Path, name: str, s
         return (
             f"{t.parameters / 1e6:.2f} M parameters, {t.share_of_teacher:.1%} of the teacher's, {t.steps} steps "
             f"({t.on_policy_steps} on its own words), validation loss {t.best_validation_loss:.3f}. "
-            "Why: a teacher says more about a row than its label"
+            f"Why: {WHY[name]}"
         )
 
     return stages.run(

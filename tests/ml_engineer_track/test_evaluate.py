@@ -166,7 +166,10 @@ def test_what_models_are_compared_by_is_one_value_for_every_row_asked(
 ) -> None:
     """Which rows these are depends on the data alone, so that another model's values belong to the same rows."""
     asked = ev.sampled_rows(small_settings, small_data)
-    counts = {"grounded/evidence_f1": sum(bool(row.gold) for row in asked["answer"]), "grounded/decision_accuracy": len(asked["decide"])}
+    counts = {
+        "grounded/evidence_f1": sum(bool(row.gold) for row in asked["answer"]),
+        "grounded/decision_accuracy": len(asked["decide"]),
+    }
     assert {key: len(values) for key, values in scores.rows.items()} == counts
     for key, values in scores.rows.items():
         assert sum(values) / len(values) == pytest.approx(scores.figures[key].value)
