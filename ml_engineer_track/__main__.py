@@ -77,9 +77,13 @@ def low_bits(
 def distill(
     preset: Preset = None,
     model: Model = None,
-    teacher: Annotated[str | None, typer.Option(help="a version or model folder (default: the current version)")] = None,
-    student: Annotated[str, typer.Option(help="sliced (cut out of the teacher), or a model to start from")] = "sliced",
-    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="only the student that is trained without a teacher")] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help="a version, a model folder or a hub id (default: the current version)")
+    ] = None,
+    student: Annotated[str, typer.Option(help="sliced (cut out of the teacher), or a folder or hub id to start from")] = "sliced",
+    no_teacher: Annotated[
+        bool, typer.Option("--no-teacher", help="only the same student on the task alone: measured, not published")
+    ] = False,
 ) -> None:
     """Train a student of at most a third of the size, measure it beside its teacher, publish it as a variant."""
     from ml_engineer_track import distill_pipeline as d

@@ -3,13 +3,15 @@
 Why an ML engineer measures this: training time is mostly decided by what the batches look like. Random batches padded to
 their longest row spend much of their arithmetic on padding, and logits over prompts that nobody trains on cost as much as
 those that count. Both sides here see each row once, take the same number of optimiser steps, use the same dtype, adapter
-and optimiser, and take turns, so that a machine that slows down slows both.
+and optimiser, and take turns, so that a machine that slows down slows both. Under a memory limit (VRAM_GB) both train as
+fine-tuning does there: in parts of a step, recomputing activations where that was chosen.
 
     python -m ml_engineer_track benchmark [--preset tiny]      (its last part)
 """
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 import time
@@ -24,7 +26,7 @@ from ml_engineer_track.finetune import Example, add_adapter, backward, bucket, c
 from ml_engineer_track.models import load_tokenizer
 from ml_engineer_track.progress import watched
 from shared.hardware import compute_dtype, device, synchronize
-from shared.settings import Settings
+from shared.settings import Finetune, Settings
 
 ROUNDS = 2
 
@@ -62,6 +64,11 @@ def _model(settings: Settings) -> PeftModel:
     return add_adapter(load_base(settings), settings.finetune).train()
 
 
+def parts(options: Finetune, rows: int, length: int) -> int:
+    """In how many parts `rows` rows of `length` tokens go through the model, as fine-tuning has it."""
+    return math.ceil(rows / max(1, (options.micro_batch_tokens or options.batch_tokens) // length))
+
+
 def _ours(settings: Settings, examples: list[Example], groups: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> float:
     model = _model(settings)
     optimizer = torch.optim.AdamW(
@@ -70,7 +77,8 @@ def _ours(settings: Settings, examples: list[Example], groups: list[list[int]], 
     order = random.Random(settings.seed).sample(groups, len(groups))
     start = time.perf_counter()
     for group in order:
-        backward(model, collate([examples[i] for i in group], tokenizer.pad_token_id), 1)
+        batch = collate([examples[i] for i in group], tokenizer.pad_token_id)
+        backward(model, batch, parts(settings.finetune, *batch.ids.shape))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -83,10 +91,14 @@ def _trainer(settings: Settings, examples: list[Example], steps: int, tokenizer:
         {"input_ids": e.ids, "attention_mask": [1] * len(e.ids), "labels": [-100] * (len(e.ids) - e.reply) + e.ids[-e.reply :]}
         for e in examples
     ]
+    in_step = -(-len(rows) // steps)
+    # Trainer knows rows, not tokens: every part must also hold when all of its rows are as long as the longest.
+    pieces = parts(settings.finetune, in_step, max(len(e.ids) for e in examples)) if settings.finetune.micro_batch_tokens else 1
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=-(-len(rows) // steps),
+            per_device_train_batch_size=-(-in_step // pieces),
+            gradient_accumulation_steps=pieces,
             num_train_epochs=1,
             learning_rate=settings.finetune.learning_rate,
             bf16=compute_dtype(device()) == torch.bfloat16,

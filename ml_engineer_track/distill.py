@@ -13,12 +13,20 @@ Three things make up the lesson:
 * **On-policy samples** (generalised knowledge distillation, Agarwal et al. 2024): in a share of the steps the student answers by
   itself and the teacher says what it would have said at each place, so that the student also learns to go on from its own words.
 
-The student starts as a cut of its teacher (student.py). Beside it the same architecture is trained from random weights on the
-task alone, `no-teacher`: the difference is what the teacher was worth. Checkpoints and resuming are those of finetune.py.
+The student starts as a cut of its teacher (student.py). Two more sides of the same architecture say what each part was worth,
+both trained on the task alone: the same rows, in the same order, with the same weights, for at most as many steps, the best
+weights chosen by the same look at validation. Where the student has a step on its own words, they have one on the rows.
+
+    from-scratch   starts from random weights;        the step to the next is what the start is worth
+    no-teacher     starts from the student's start;   the step to the next is what the teacher's view is worth
+    student        learns from the teacher's view, too
+
+Checkpoints and resuming are those of finetune.py.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 import time
@@ -30,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track.checkpoint import Progress
 from ml_engineer_track.curate import CuratedData
@@ -50,14 +58,14 @@ from ml_engineer_track.gguf_export import ARCHITECTURES
 from ml_engineer_track.models import check_same_tokenizer, load_model, load_tokenizer, stop_token_ids
 from ml_engineer_track.progress import progress
 from ml_engineer_track.quantize import save, save_gguf
-from ml_engineer_track.student import blank_student, check_size, sliced_student
+from ml_engineer_track.student import blank_student, check_size, sliced_student, student_config
 from ml_engineer_track.teacher_cache import TeacherCache, teacher_cache
 from shared.errors import UserError
 from shared.files import need_disk, sha256_tree
 from shared.hardware import compute_dtype, device
 from shared.settings import Distill, Settings
 
-STUDENT, NO_TEACHER = "student", "no-teacher"
+STUDENT, NO_TEACHER, FROM_SCRATCH = "student", "no-teacher", "from-scratch"
 #: the student as a GGUF file for the server: a folder beside its model, and a variant of the version it is published in
 SERVED_STUDENT = "student-q8_0"
 #: `--student` of a student that is cut out of its teacher; anything else is a model to start from.
@@ -106,23 +114,17 @@ class Teacher:
 
 
 def distill(settings: Settings, data: CuratedData, teacher: str, name: str = STUDENT, student: str = SLICED) -> Trained:
-    """Train one side, STUDENT or NO_TEACHER, of the model in the folder `teacher`, in `settings.work/distill-<name>`.
+    """Train one side of the model in the folder `teacher`, in `settings.work/distill-<name>`. Resumes what it finds there.
 
-    Resumes what it finds there. UserError for a student that is too large or has another tokenizer.
+    `student` is SLICED or a folder. UserError for a student that is too large or has another tokenizer.
     """
     work, options = settings.work / f"distill-{name}", settings.distill
     need_disk(work, 200_000_000)
     tokenizer, model = load_tokenizer(teacher), load_model(teacher)
     if student != SLICED:
-        check_same_tokenizer(tokenizer, load_tokenizer(student), student)
+        check_same_tokenizer(teacher, student, f"--student {student}")
     lesson = make_lesson(settings, data, tokenizer, stop_token_ids(model, tokenizer))
-    if student != SLICED:
-        learner = load_model(student, torch.float32)
-    elif name == NO_TEACHER:
-        learner = blank_student(model.config, options, settings.seed)
-    else:
-        seen = [collate(_chosen(lesson.rows, group), lesson.pad) for group in lesson.plan[:CALIBRATION_BATCHES]]
-        learner = sliced_student(model, options, seen)
+    learner = beginner(name, model, student, lesson, settings)
     share = check_size(learner, model)
     guide = Teacher(model, _cache(options, lesson, model, teacher, work / "teacher")) if name == STUDENT else None
     trained = train(name, learner, lesson, guide, settings, work, share)
@@ -132,6 +134,20 @@ def distill(settings: Settings, data: CuratedData, teacher: str, name: str = STU
     for left in ("checkpoint", "checkpoint.old", "best", "teacher"):
         shutil.rmtree(work / left, ignore_errors=True)
     return trained
+
+
+def beginner(name: str, teacher: PreTrainedModel, student: str, lesson: Lesson, settings: Settings) -> PreTrainedModel:
+    """A side before its first step, in float32: STUDENT and NO_TEACHER are the same, FROM_SCRATCH knows nothing."""
+    options = settings.distill
+    if name == FROM_SCRATCH:
+        config = AutoConfig.from_pretrained(student) if student != SLICED else student_config(teacher.config, options)
+        blank = blank_student(config, settings.seed)
+        blank.generation_config = copy.deepcopy(teacher.generation_config)  # it must not miss a stop token that others have
+        return blank
+    if student != SLICED:
+        return load_model(student, torch.float32)
+    seen = [collate(_chosen(lesson.rows, group), lesson.pad) for group in lesson.plan[:CALIBRATION_BATCHES]]
+    return sliced_student(teacher, options, seen)
 
 
 def make_lesson(settings: Settings, data: CuratedData, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> Lesson:

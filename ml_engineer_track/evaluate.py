@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -42,6 +42,8 @@ from shared.settings import Settings
 SUPPORT = 0.9
 T = TypeVar("T", bound=BaseModel)
 DECODINGS = ("free", "grounded")
+#: figures of which models are compared row by row: the rows they are defined on do not depend on the model
+PAIRED = ("grounded/evidence_f1", "grounded/decision_accuracy")
 
 
 #: What a reply is held to: a grammar in Lark notation, or the JSON of a schema.
@@ -50,11 +52,15 @@ Grammar = str | type[BaseModel]
 
 @dataclass(frozen=True)
 class Scores:
-    """Everything measured about one model. Keys of `figures` are `<decoding>/<metric>`, e.g. `grounded/evidence_f1`."""
+    """Everything measured about one model. Keys of `figures` are `<decoding>/<metric>`, e.g. `grounded/evidence_f1`.
+
+    `rows` holds what the means in PAIRED were taken of, a value per row in an order that is the same for every model.
+    """
 
     model: str
     figures: dict[str, Estimate]
     samples: list[dict[str, str]]
+    rows: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Ask(Protocol):
@@ -106,6 +112,7 @@ def score(settings: Settings, data: CuratedData, ask: Ask, name: str) -> Scores:
     texts = {s.id: s.text for leaf in load_library(settings.datasets) for s in leaf.sentences()}
     figures: dict[str, Estimate] = {}
     samples: list[dict[str, str]] = []
+    by_row: dict[str, list[float]] = {}
     asked = sampled_rows(settings, data)
 
     def replies_to(rows: Sequence[Row], tokens: int, what: str, grammars: Sequence[Grammar] | None) -> list[str]:
@@ -113,6 +120,8 @@ def score(settings: Settings, data: CuratedData, ask: Ask, name: str) -> Scores:
 
     def mean(key: str, values: Sequence[float]) -> None:
         figures[key] = estimate_mean(values, options.bootstrap, settings.seed)
+        if key in PAIRED:
+            by_row[key] = list(values)
 
     mean("first_source/evidence_f1", [set_f1({1}, set(row.gold)) for row in asked["answer"] if row.gold])
     for decoding in DECODINGS:
@@ -149,7 +158,7 @@ def score(settings: Settings, data: CuratedData, ask: Ask, name: str) -> Scores:
             pairs, lambda p, w=weights: cohen_kappa(p, w), options.bootstrap, settings.seed
         )
         mean(f"judge/{rubric}_accuracy", [float(a == b) for a, b in pairs])
-    return Scores(name, figures, samples)
+    return Scores(name, figures, samples, by_row)
 
 
 def sampled_rows(settings: Settings, data: CuratedData) -> dict[str, list[Row]]:

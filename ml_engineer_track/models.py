@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ml_engineer_track.low_bits import is_low_bits, load_low_bits
 from shared.errors import UserError
@@ -77,26 +85,55 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_model_path(path: str) -> None:
-    """Fail early, before any work, when a local MODEL path holds no model. Hub ids are checked when they load."""
+def check_model_path(path: str, where: str = "", wanted: str = "MODEL takes a model folder or a hub id") -> None:
+    """Fail early, before any work, when a local path holds no model. Hub ids are checked when they load."""
     folder = Path(path)
     if folder.exists() or path.startswith((".", "/", "~")):
         if not (folder / "config.json").exists():
-            raise UserError("no model here (config.json is missing)", path, "MODEL takes a model folder or a hub id")
+            raise UserError("no model here (config.json is missing)", where or path, wanted)
         if not list(folder.glob("*.safetensors")):
-            raise UserError("no weights here (*.safetensors is missing)", path, "Only safetensors are read")
+            raise UserError("no weights here (*.safetensors is missing)", where or path, "Only safetensors are read")
 
 
-def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, where: str) -> None:
-    """UserError when the two number any token differently: then their probabilities belong to different words."""
-    ours, theirs = teacher.get_vocab(), student.get_vocab()
-    if ours == theirs and teacher.eos_token_id == student.eos_token_id:
-        return
-    other = sum(theirs.get(token) != number for token, number in ours.items())
-    raise UserError(
-        f"the tokenizers differ ({len(ours)} and {len(theirs)} tokens, {other} of them with another number)",
-        where, "Teacher, student and draft must share one tokenizer",
-    )  # fmt: skip
+def local_model(given: str, option: str) -> Path:
+    """The folder of a model that was named on the command line: itself, or the snapshot of a hub id, fetched if need be.
+
+    What can only be a folder is never looked for on the hub. UserError when there is no model; `option` is where it was named.
+    """
+    folder, parent = Path(given).expanduser(), Path(given).parent
+    looks_local = given.startswith((".", "/", "~", "\\")) or given.endswith("/") or given.count("/") > 1 or not given.strip()
+    if folder.exists() or looks_local or (parent != Path() and parent.is_dir()):
+        check_model_path(str(folder.absolute()), f"{option} {given}", f"{option} takes a model folder or a hub id")
+        return folder
+    with _clear_errors(f"{option} {given}"):
+        kinds = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        folder = Path(snapshot_download(given, allow_patterns=kinds, ignore_patterns=["*/*"]))
+    check_model_path(str(folder), f"{option} {given}", f"{option} takes a model folder or a hub id")
+    return folder
+
+
+def check_same_tokenizer(teacher: str, student: str, where: str) -> None:
+    """UserError when the models in two folders number any token differently: their probabilities belong to different words.
+
+    Equal tokenizers are not enough: a model's matrices may have more rows than its tokenizer has tokens.
+    """
+    tokenizers = load_tokenizer(teacher), load_tokenizer(student)
+    ours, theirs = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    advice = "Teacher, student and draft must share one tokenizer"
+    if ours != theirs or tokenizers[0].eos_token_id != tokenizers[1].eos_token_id:
+        other = sum(theirs.get(token) != number for token, number in ours.items())
+        what = f"the tokenizers differ ({len(ours)} and {len(theirs)} tokens, {other} of them with another number)"
+        raise UserError(what, where, advice)
+    sizes = [vocabulary_size(path) for path in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        what = f"the tokenizers are the same, but vocab_size differs ({sizes[0]} and {sizes[1]} tokens in config.json)"
+        raise UserError(what, where, f"{advice} and one vocab_size")
+
+
+def vocabulary_size(path: str) -> int:
+    """Rows of the model's embedding, as its config says."""
+    with _clear_errors(path):
+        return int(AutoConfig.from_pretrained(path).get_text_config().vocab_size)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -218,6 +218,7 @@ class Stages:
             **{f"low-bits-repair-{bits}": lambda: [Path(result.folder) / LAYOUT_FILE] for bits in KNOWN_BITS},
             "distill-student": lambda: [Path(result.folder) / "config.json"],
             "distill-no-teacher": lambda: [Path(result.folder) / "config.json"],
+            "distill-from-scratch": lambda: [Path(result.folder) / "config.json"],
             "publish": lambda: [Path(result.folder) / "manifest.json", models / "current"],
         }.get(name, list)
         return all(path.exists() for path in expected())

@@ -9,7 +9,7 @@ few thousand rows. What the teacher knows sits in its matrices, and most of it s
 * **Depth.** Layers at even distances are kept, the first and the last among them (DistilBERT, Sanh et al. 2019).
 * **Feed-forward width.** The neurons that speak the loudest stay: mean activation times the length of what they write.
 
-The result talks nonsense until it is trained, but it is a far better start than noise (distill.py measures that).
+The result talks nonsense until it is trained; how much better a start it is than noise, `from-scratch` of distill.py says.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def student_config(teacher: PreTrainedConfig, options: Distill) -> PreTrainedCon
     return config
 
 
-def blank_student(teacher: PreTrainedConfig, options: Distill, seed: int) -> PreTrainedModel:
+def blank_student(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A student of random weights in float32."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(student_config(teacher, options), dtype=torch.float32).to(device())
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device())
 
 
 def sliced_student(teacher: PreTrainedModel, options: Distill, calibration: Sequence[Batch]) -> PreTrainedModel:

@@ -50,6 +50,27 @@ def estimate_mean(values: Sequence[float], resamples: int, seed: int) -> Estimat
     return Estimate(value=float(data.mean()), low=float(low), high=float(high), n=len(data))
 
 
+def estimate_ratio(ours: Sequence[float], theirs: Sequence[float], resamples: int, seed: int) -> Estimate:
+    """Mean of ours over mean of theirs, both on the same rows in the same order; rows are resampled as pairs.
+
+    What makes a row hard makes it hard for both, so the interval is narrower than those of the two means would suggest.
+    Without rows, or where theirs are all zero, there is no ratio. ValueError when the lengths differ.
+    """
+    pairs = list(zip(ours, theirs, strict=True))
+    if not sum(theirs):
+        return Estimate(value=None, low=None, high=None, n=len(pairs))
+    data = np.asarray(pairs, dtype=float)
+    picks = np.random.default_rng(seed).integers(0, len(data), size=(resamples, len(data)))
+    sums = data[picks].sum(axis=1)
+    low, high = np.percentile(sums[:, 0] / np.maximum(sums[:, 1], 1e-12), [2.5, 97.5])
+    return Estimate(value=float(data[:, 0].sum() / data[:, 1].sum()), low=float(low), high=float(high), n=len(data))
+
+
+def estimate_difference(ours: Sequence[float], theirs: Sequence[float], resamples: int, seed: int) -> Estimate:
+    """Mean of ours minus mean of theirs, row by row, as `estimate_ratio` pairs them. ValueError when the lengths differ."""
+    return estimate_mean([a - b for a, b in zip(ours, theirs, strict=True)], resamples, seed)
+
+
 def set_f1(predicted: set[Any], gold: set[Any]) -> float:
     """F1 of two sets; 1.0 when both are empty."""
     if not predicted and not gold:

@@ -18,23 +18,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
+from ml_engineer_track.decode_speed import Turn, take_turns
 from ml_engineer_track.gguf_export import FILE_NAME
-from ml_engineer_track.models import check_same_tokenizer, load_tokenizer
-from ml_engineer_track.progress import progress
+from ml_engineer_track.models import check_same_tokenizer
 from ml_engineer_track.serving.catalog import Entry, Limits, build, entries
 from ml_engineer_track.serving.openvino_engine import DRAFT_TOKENS
 from shared.errors import UserError
 from shared.files import sha256_file
+from shared.metrics import Estimate
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """Greedy replies with and without a draft, one request at a time. Throughputs are tokens per second, prompts cached."""
+    """Greedy replies with and without a draft, one request at a time. Throughputs are tokens per second, prompts
+    cached; `speed_up` is their ratio over pairs of turns. No grammar, which would decide most tokens by itself."""
 
     prompts: int
     tokens: int
@@ -44,7 +45,7 @@ class Speculation:
     acceptance_rate: float
     plain_throughput: float
     draft_throughput: float
-    speed_up: float
+    speed_up: Estimate
 
 
 def with_draft(found: Sequence[Entry], draft: str, artifacts: Path) -> list[Entry]:
@@ -62,7 +63,7 @@ def with_draft(found: Sequence[Entry], draft: str, artifacts: Path) -> list[Entr
             known = sorted(p.name for p in entry.folder.parent.iterdir() if (p / "config.json").exists())
             raise UserError(f"no draft model {draft!r}", "--draft", f"A folder, or a variant: {', '.join(known)}")
         readable = source if (source / FILE_NAME).exists() else entries(source, [], "openvino", artifacts)[0].folder
-        check_same_tokenizer(load_tokenizer(str(entry.folder)), load_tokenizer(str(readable)), f"--draft {draft}")
+        check_same_tokenizer(str(entry.folder), str(readable), f"--draft {draft}")
         made.append(replace(entry, draft=draft_folder(readable, artifacts)))
     return made
 
@@ -100,42 +101,38 @@ def draft_folder(gguf: Path, artifacts: Path) -> Path:
     return final
 
 
-def measure(gguf: Path, draft: Path, prompts: Sequence[list[int]], max_tokens: int, repeats: int) -> Speculation:
+def measure(
+    gguf: Path, draft: Path, prompts: Sequence[list[int]], max_tokens: int, repeats: int, resamples: int, seed: int
+) -> Speculation:
     """What `draft` (from `draft_folder`) does for the model in `gguf`: the sides take turns, one prompt at a time.
 
-    Every prompt is read once before it is timed, so that what is timed is decoding. Times are medians over the repeats.
+    Every prompt is read once before it is timed, so that what is timed is decoding. Replies end where they end: past the end a
+    model repeats itself, and any draft would look good.
     """
-    sides = {"plain": _Side(gguf, None), "draft": _Side(gguf, draft)}
+    sides = {"plain": Side(gguf, None), "draft": Side(gguf, draft)}
     replies = {name: [side.reply(prompt, max_tokens)[0] for prompt in prompts] for name, side in sides.items()}
     accepted, proposed = sides["draft"].accepted, sides["draft"].proposed
-    seconds: dict[str, list[list[float]]] = {name: [] for name in sides}
-    with progress("speculative decoding", total=repeats * len(prompts)) as bar:
-        for _ in range(repeats):
-            for times in seconds.values():
-                times.append([])
-            for prompt in prompts:
-                for name, side in sides.items():
-                    seconds[name][-1].append(side.reply(prompt, max_tokens)[1])
-                bar.update(1)
     tokens = sum(map(len, replies["plain"]))
-    rate = {name: tokens / median(map(sum, times)) for name, times in seconds.items()}
+    turns: dict[str, Turn] = {
+        name: lambda n, side=side: side.reply(prompts[n], max_tokens)[1]
+        for name, side in sides.items()  # type: ignore[misc]
+    }
+    found = take_turns(turns, len(prompts), max_tokens, repeats, resamples, seed, "speculative decoding")
+    rate = {name: repeats * tokens / sum(times) for name, times in found.seconds.items()}
     return Speculation(
         prompts=len(prompts), tokens=tokens, same_replies=replies["plain"] == replies["draft"], draft_tokens=proposed,
         accepted_tokens=accepted, acceptance_rate=accepted / proposed if proposed else 0.0, plain_throughput=rate["plain"],
-        draft_throughput=rate["draft"], speed_up=rate["draft"] / rate["plain"],
+        draft_throughput=rate["draft"], speed_up=found.ratio,
     )  # fmt: skip
 
 
-def throughput(gguf: Path, prompts: Sequence[list[int]], new_tokens: int, repeats: int) -> float:
-    """Tokens per second of one request at a time of exactly `new_tokens`, prompts cached; the median of the repeats."""
-    side = _Side(gguf, None)
-    for prompt in prompts:
-        side.reply(prompt, new_tokens, to_the_end=True)
-    times = [sum(side.reply(prompt, new_tokens, to_the_end=True)[1] for prompt in prompts) for _ in range(repeats)]
-    return len(prompts) * new_tokens / median(times)
+def decoder(gguf: Path, prompts: Sequence[list[int]], new_tokens: int) -> Turn:
+    """The server's engine, decoding exactly `new_tokens` after a prompt that it has read before, whatever it says."""
+    side = Side(gguf, None)
+    return lambda n: side.reply(prompts[n], new_tokens, to_the_end=True)[1]
 
 
-class _Side:
+class Side:
     """The server's engine, with its settings, asked directly: no queue, no thread, no other request."""
 
     def __init__(self, gguf: Path, draft: Path | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ml_engineer_track import benchmark as b
+from ml_engineer_track import benchmark_training as bt
 from ml_engineer_track.benchmark_training import training_throughput
 from ml_engineer_track.curate import CuratedData
+from ml_engineer_track.finetune import Batch, encode
+from ml_engineer_track.models import load_tokenizer
 from shared.errors import UserError
 from shared.metrics import percentiles
-from shared.settings import Benchmark, Settings
+from shared.settings import Benchmark, Finetune, Settings
 
 OPTIONS = Benchmark(batch_sizes=[1, 2], prompt_tokens=8, new_tokens=4, repeats=5, training_steps=2)
 CUDA = torch.cuda.is_available()
@@ -126,3 +130,49 @@ def test_training_throughput_compares_the_same_rows_and_steps(small_settings: Se
     assert made["ratio"] == pytest.approx(made["tokens_per_second"] / made["trainer_tokens_per_second"])
     assert {len(times) for times in made["raw_seconds"].values()} == {2}
     assert made["tokens_per_second"] == pytest.approx(2 * made["tokens"] / sum(made["raw_seconds"]["ours"]))
+
+
+def test_under_a_memory_limit_both_sides_train_in_the_parts_that_were_fitted(
+    small_settings: Settings, small_data: CuratedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that goes through at once has more tokens than were fitted, but for a single row, and the steps stay the same."""
+    seen: dict[str, Any] = {"ours": [], "checkpointing": set()}
+
+    def backward(model: object, batch: Batch, pieces: int) -> None:
+        seen["ours"] += [part.ids.shape for part in batch.split(pieces)]
+
+    class Trainer:
+        def __init__(self, args: Any, train_dataset: list[dict[str, Any]], **_: Any) -> None:
+            seen["trainer"], seen["rows"] = args, train_dataset
+
+        def remove_callback(self, _: object) -> None:
+            pass
+
+        def train(self) -> Any:
+            return SimpleNamespace(metrics={"train_runtime": 1.0})
+
+    def add_adapter(model: object, options: Finetune) -> torch.nn.Module:
+        seen["checkpointing"].add(options.gradient_checkpointing)
+        return torch.nn.Linear(1, 1)
+
+    for name, stand_in in (("backward", backward), ("Trainer", Trainer), ("add_adapter", add_adapter)):
+        monkeypatch.setattr(bt, name, stand_in)
+    monkeypatch.setattr(bt, "load_base", lambda _: None)
+    longest = max(len(e.ids) for e in encode(small_data.rows("train"), load_tokenizer(small_settings.model_path)))
+    tight = {"batch_tokens": 4 * longest, "micro_batch_tokens": longest, "gradient_checkpointing": True}
+    fitted = small_settings.finetune.model_copy(update=tight)
+    settings = small_settings.model_copy(update={"benchmark": OPTIONS, "finetune": fitted})
+    made = bt.training_throughput(settings, small_data)
+    assert seen["checkpointing"] == {True}
+    assert all(rows * length <= longest for rows, length in seen["ours"])
+    assert len(seen["ours"]) > made["optimizer_steps"] * (bt.ROUNDS + 1)
+    arguments, rows = seen["trainer"], seen["rows"]
+    assert arguments.per_device_train_batch_size * max(len(row["input_ids"]) for row in rows) <= longest
+    in_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    assert in_step == -(-made["rows"] // made["optimizer_steps"])
+
+    seen["ours"] = []
+    free = settings.model_copy(update={"finetune": fitted.model_copy(update={"micro_batch_tokens": None})})
+    whole = bt.training_throughput(free, small_data)
+    assert len(seen["ours"]) == whole["optimizer_steps"] * (bt.ROUNDS + 1)
+    assert seen["trainer"].gradient_accumulation_steps == 1

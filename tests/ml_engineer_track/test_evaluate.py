@@ -161,6 +161,20 @@ def test_shares_lie_in_their_interval_and_between_0_and_1(scores: ev.Scores) -> 
             assert lowest <= figure.low <= figure.value <= figure.high <= 1.0, key
 
 
+def test_what_models_are_compared_by_is_one_value_for_every_row_asked(
+    scores: ev.Scores, small_settings: Settings, small_data: CuratedData
+) -> None:
+    """Which rows these are depends on the data alone, so that another model's values belong to the same rows."""
+    asked = ev.sampled_rows(small_settings, small_data)
+    counts = {
+        "grounded/evidence_f1": sum(bool(row.gold) for row in asked["answer"]),
+        "grounded/decision_accuracy": len(asked["decide"]),
+    }
+    assert {key: len(values) for key, values in scores.rows.items()} == counts
+    for key, values in scores.rows.items():
+        assert sum(values) / len(values) == pytest.approx(scores.figures[key].value)
+
+
 def test_every_figure_can_be_printed(scores: ev.Scores) -> None:
     """Reports and model cards write figures as text, the perplexity, which has no interval, among them."""
     assert all(str(figure) for figure in scores.figures.values())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track import models as m
 from shared.errors import UserError
@@ -165,3 +165,62 @@ def test_too_little_memory_is_an_error_for_the_user(micro_path: str, monkeypatch
 
     monkeypatch.setattr(m.AutoModelForCausalLM, "from_pretrained", full)
     assert "not enough memory" in refusal(lambda: m.load_model(micro_path), micro_path)
+
+
+# --- two models of one vocabulary ------------------------------------------------------------------------------------
+
+
+def test_the_same_tokenizer_and_vocabulary_are_accepted(copy: Path, micro_path: str) -> None:
+    m.check_same_tokenizer(micro_path, str(copy), "--student")
+
+
+def test_another_tokenizer_is_refused(copy: Path, micro_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    other = AutoTokenizer.from_pretrained(copy)
+    other.add_tokens(["<|new|>"])
+    other.save_pretrained(copy)
+    message = refusal(lambda: m.check_same_tokenizer(micro_path, str(copy), "--student x"), "--student x")
+    assert "the tokenizers differ (8192 and 8193 tokens, 0 of them with another number)" in message
+
+
+def test_another_vocabulary_under_the_same_tokenizer_is_refused(copy: Path, micro_path: str) -> None:
+    """Matrices of more rows than the tokenizer has tokens: probabilities of the two would have different lengths."""
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 8256}), encoding="utf-8")
+    message = refusal(lambda: m.check_same_tokenizer(micro_path, str(copy), "--student x"), "--student x")
+    assert "the tokenizers are the same, but vocab_size differs (8192 and 8256 tokens in config.json)" in message
+
+
+# --- a model named on the command line -------------------------------------------------------------------------------
+
+
+def test_a_folder_is_itself(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert [m.local_model(given, "--teacher").resolve() for given in (str(copy), "./model", "model", "~/model")] == [copy] * 4
+
+
+@pytest.mark.parametrize("given", ["./nothing", "nothing/", "~/nothing", "/nothing", "a/b/nothing", "here/nothing", ".", ""])
+def test_a_path_without_a_model_is_never_looked_for_on_the_hub(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(m, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    message = refusal(lambda: m.local_model(given, "--teacher"), f"--teacher {given}")
+    assert "no model here (config.json is missing)" in message
+    assert "--teacher takes a model folder or a hub id" in message
+
+
+def test_a_hub_id_becomes_the_folder_it_was_fetched_into(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(m, "snapshot_download", lambda name, **_: asked.append(name) or str(copy))
+    assert m.local_model("someone/model", "--teacher") == copy
+    (copy / "model.safetensors").unlink()
+    assert "no weights here" in refusal(lambda: m.local_model("someone/model", "--teacher"), "--teacher someone/model")
+    assert asked == ["someone/model"] * 2
+
+
+@pytest.mark.parametrize("given", ["nobody/nothing-of-this-name", "nothing-of-this-name", "not a name"])
+def test_a_name_that_nobody_knows_is_one_line(given: str) -> None:
+    message = refusal(lambda: m.local_model(given, "--teacher"), f"--teacher {given}")
+    assert message.startswith("cannot load the model (the hub is switched off): ")

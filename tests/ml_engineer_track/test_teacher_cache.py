@@ -31,8 +31,10 @@ def an_example(length: int, reply: int, seed: int) -> Example:
 EXAMPLES = [an_example(8 + 3 * (n % 4), 1 + n % 5, n) for n in range(8)]
 
 
-def made(folder: Path, teacher: PreTrainedModel, examples: list[Example] = EXAMPLES, temperature: float = T) -> TeacherCache:
-    return tc.teacher_cache(folder, examples, teacher, "weights", 0, K, temperature, batch_tokens=30)
+def made(
+    folder: Path, teacher: PreTrainedModel, examples: list[Example] = EXAMPLES, temperature: float = T, weights: str = "weights"
+) -> TeacherCache:
+    return tc.teacher_cache(folder, examples, teacher, weights, 0, K, temperature, batch_tokens=30)
 
 
 @torch.no_grad()
@@ -103,13 +105,15 @@ def test_after_a_crash_only_what_is_missing_is_asked(
     assert "resuming at batch 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("harm", ["temperature", "text", "short file", "no progress"])
+@pytest.mark.parametrize("harm", ["temperature", "text", "teacher", "short file", "no progress"])
 def test_a_cache_of_something_else_is_made_anew(
     micro: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
     made(tmp_path / "teacher", micro)
-    examples, temperature = EXAMPLES, T
-    if harm == "temperature":
+    examples, temperature, weights = EXAMPLES, T, "weights"
+    if harm == "teacher":
+        weights = "other weights"
+    elif harm == "temperature":
         temperature = 1.0
     elif harm == "text":
         examples = [an_example(9, 2, 50), *EXAMPLES[1:]]
@@ -119,6 +123,6 @@ def test_a_cache_of_something_else_is_made_anew(
     else:
         (tmp_path / "teacher" / "progress.json").unlink()
     calls = Counting(monkeypatch)
-    again = made(tmp_path / "teacher", micro, examples, temperature)
+    again = made(tmp_path / "teacher", micro, examples, temperature, weights)
     assert calls.calls == len(ft.bucket(examples, 30))
     assert same(again, made(tmp_path / "fresh", micro, examples, temperature))

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.metrics import Estimate, cohen_kappa, estimate, estimate_mean, percentiles, set_f1
+from shared.metrics import (
+    Estimate,
+    cohen_kappa,
+    estimate,
+    estimate_difference,
+    estimate_mean,
+    estimate_ratio,
+    percentiles,
+    set_f1,
+)
 
 SETS = st.frozensets(st.integers(0, 9)).map(set)
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=40)
@@ -169,3 +178,41 @@ def test_percentiles_rise_and_stay_within_the_values(values: list[float]) -> Non
     found = percentiles(values)
     assert list(found) == ["p50", "p90", "p99"]
     assert min(values) <= found["p50"] <= found["p90"] <= found["p99"] <= max(values)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=60), st.floats(0.1, 3))
+def test_a_ratio_of_rows_that_are_all_so_many_times_the_other_has_no_width(theirs: list[float], factor: float) -> None:
+    """Pairs are resampled together: however the rows vary, a constant factor between them is certain."""
+    found = estimate_ratio([factor * value for value in theirs], theirs, 200, 7)
+    assert [found.low, found.value, found.high] == pytest.approx([factor] * 3)
+    assert found.n == len(theirs)
+
+
+def test_a_ratio_is_of_means_and_its_interval_of_pairs() -> None:
+    rng = np.random.default_rng(0)
+    theirs = rng.integers(0, 2, 400).astype(float)
+    ours = np.where(rng.random(400) < 0.05, 0.0, theirs)  # the other side's failures, and a few of its own
+    found = estimate_ratio(list(ours), list(theirs), 1000, 7)
+    assert found.value == pytest.approx(ours.mean() / theirs.mean())
+    assert found.low is not None
+    assert found.high is not None
+    alone = estimate_mean(list(ours), 1000, 7)
+    assert alone.low is not None
+    assert alone.high is not None
+    assert found.low < found.value < found.high <= 1
+    assert found.high - found.low < 0.5 * (alone.high - alone.low) / theirs.mean()  # what is hard for both does not count
+
+
+def test_a_difference_is_of_pairs() -> None:
+    found = estimate_difference([0.5, 1.0, 0.0], [0.25, 0.75, -0.25], 200, 7)
+    assert [found.low, found.value, found.high, found.n] == pytest.approx([0.25, 0.25, 0.25, 3])
+    assert estimate_difference([1.0, 0.0], [0.0, 1.0], 200, 7).low == -1
+
+
+def test_without_pairs_there_is_neither() -> None:
+    assert estimate_ratio([], [], 100, 7).value is None
+    assert estimate_ratio([1.0], [0.0], 100, 7).value is None
+    assert estimate_difference([], [], 100, 7).value is None
+    for compare in (estimate_ratio, estimate_difference):
+        with pytest.raises(ValueError, match="zip"):
+            compare([1.0], [1.0, 1.0], 100, 7)

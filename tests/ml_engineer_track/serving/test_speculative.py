@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -136,12 +138,60 @@ def test_acceptance_and_speed_are_measured_and_the_replies_compared(
     drafted: Entry, base_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     assert drafted.draft is not None
-    found = sp.measure(drafted.folder, drafted.draft, prompts(base_tokenizer), 24, repeats=1)
+    found = sp.measure(drafted.folder, drafted.draft, prompts(base_tokenizer), 24, 1, 100, 7)
     assert found.same_replies
     assert found.prompts == 2
-    assert 0 < found.accepted_tokens <= found.draft_tokens
-    assert found.acceptance_rate == found.accepted_tokens / found.draft_tokens
-    assert found.speed_up == pytest.approx(found.draft_throughput / found.plain_throughput)
+    assert 2 <= found.tokens <= 2 * 24
+    assert 0.3 < found.acceptance_rate <= 1  # the same model in half the bits mostly says the same
+    assert found.plain_throughput > 0
+    assert found.draft_throughput > 0
+
+
+class MadeUpSide:
+    """Replies of three tokens; with a draft they take half the time, and every second proposal is accepted."""
+
+    def __init__(self, gguf: Path, draft: Path | None) -> None:
+        self.draft, self.accepted, self.proposed, self.last = draft, 0, 0, 9
+
+    def reply(self, prompt: list[int], max_tokens: int, to_the_end: bool = False) -> tuple[list[int], float]:
+        if self.draft:
+            self.accepted, self.proposed = self.accepted + 2, self.proposed + 4
+        said = [7, 8, self.last if self.draft and self.draft.name == "other" else 9][:max_tokens]
+        return said * (2 if to_the_end else 1), (0.5 if self.draft else 1.0) * len(prompt)
+
+
+def test_the_figures_are_those_of_the_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sp, "Side", MadeUpSide)
+    asked = [[1, 2], [1, 2, 3, 4]]
+    found = sp.measure(Path("large"), Path("small"), asked, 96, 3, 100, 7)
+    assert (found.prompts, found.tokens, found.same_replies) == (2, 6, True)
+    assert (found.accepted_tokens, found.draft_tokens, found.acceptance_rate) == (4, 8, 0.5)  # of one round, not of all
+    assert found.plain_throughput == pytest.approx(1.0)  # 6 tokens in 6 seconds
+    assert found.draft_throughput == pytest.approx(2.0)
+    assert [found.speed_up.low, found.speed_up.value, found.speed_up.high] == pytest.approx([2, 2, 2])
+    assert found.speed_up.n == 6
+    monkeypatch.setattr(
+        MadeUpSide, "__init__", lambda self, _, draft: vars(self).update(draft=draft, accepted=0, proposed=0, last=5)
+    )
+    assert not sp.measure(Path("large"), Path("other"), asked, 96, 1, 100, 7).same_replies
+
+
+def test_alone_a_model_decodes_exactly_the_tokens_that_are_counted(
+    drafted: Entry, base_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    real = sp.Side.reply
+
+    def reply(self: sp.Side, *given: Any, **options: Any) -> tuple[list[int], float]:
+        said, seconds = real(self, *given, **options)
+        lengths.append(len(said))
+        return said, seconds
+
+    monkeypatch.setattr(sp.Side, "reply", reply)
+    turn = sp.decoder(drafted.folder, prompts(base_tokenizer), 40)
+    assert turn(0) > 0
+    assert turn(1) > 0  # a decision, over after some ten tokens when it may end
+    assert lengths == [40, 40]
 
 
 def test_a_draft_is_converted_once(artifact: Path, drafts: Path, drafted: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +222,18 @@ def test_a_draft_with_another_tokenizer_is_refused(artifact: Path, drafts: Path,
         file.unlink()
     changed.save_pretrained(other)
     with pytest.raises(UserError, match=r"the tokenizers differ \(8192 and 8193 tokens.*in --draft"):
+        sp.with_draft(found, str(other), drafts)
+
+
+def test_a_draft_with_another_vocabulary_is_refused(artifact: Path, drafts: Path, tmp_path: Path) -> None:
+    found, other = entries(artifact, ["q8_0"], "auto", drafts), tmp_path / "other"
+    other.mkdir()
+    for file in (artifact / "q4_0").iterdir():
+        (other / file.name).symlink_to(file)
+    config = json.loads((artifact / "q4_0" / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").unlink()
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 8256}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"vocab_size differs \(8192 and 8256 tokens in config.json\) in --draft"):
         sp.with_draft(found, str(other), drafts)
 
 
