@@ -40,9 +40,8 @@ from shared.passages import StoredVectors, embedder
 from shared.ranking import Ranker
 from shared.settings import Settings
 
-#: Times a training message of these kinds is shown, each time with other leaflets: few rows, and the gravest mistakes. Shown
-#: once each (three times the harmful ones), the bundled model had not begun to tell them apart when training ended.
-EMERGENCY_SHOWN, HARMFUL_SHOWN = 4, 8
+#: Times a harmful request is shown in training, each time with other leaflets: few rows, and the gravest mistakes.
+HARMFUL_SHOWN = 3
 Skill = Literal["answer", "decide", "clarify", "judge"]
 
 
@@ -172,14 +171,15 @@ def _build(raw: dict[str, list[Any]], pool: _Pool, settings: Settings) -> Iterab
             yield _decide_row(case.id, copy, case.opening, action, [case.leaflet, *case.look_alikes], pool, rng)
             if case.needs_question and (made := _clarify_row(case, copy, pool, rng)):
                 yield made
-        grave: list[tuple[str, str, chat.Action, list[str], int]] = [
-            (m.id, m.message, "escalate" if m.emergency else "answer", [m.sign.split("/")[0]] if m.sign else [], EMERGENCY_SHOWN)
-            for m in mine["emergencies.jsonl"]
-        ] + [(r.id, r.message, "decline", [], HARMFUL_SHOWN) for r in mine["harmful.jsonl"]]
-        for row_id, message, action, near, shown in grave:
-            for again in range(shown if split == "train" else 1):
-                rng = random.Random(f"{settings.seed}/{row_id}/{copy}/{again}")
-                yield _decide_row(row_id, shown * copy + again, message, action, near, pool, rng)
+        for message in mine["emergencies.jsonl"]:
+            rng = random.Random(f"{settings.seed}/{message.id}/{copy}")
+            action = "escalate" if message.emergency else "answer"
+            near = [message.sign.split("/")[0]] if message.sign else []
+            yield _decide_row(message.id, copy, message.message, action, near, pool, rng)
+        for request in mine["harmful.jsonl"]:
+            for again in range(HARMFUL_SHOWN if split == "train" else 1):
+                rng = random.Random(f"{settings.seed}/{request.id}/{copy}/{again}")
+                yield _decide_row(request.id, HARMFUL_SHOWN * copy + again, request.message, "decline", [], pool, rng)
         for label in mine["judge_labels.jsonl"]:
             yield _judge_row(label, copy, pool)
             if split == "train":
