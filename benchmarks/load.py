@@ -181,6 +181,7 @@ async def _read(response: aiohttp.ClientResponse, answer: Answer, start: float) 
         if usage := part.get("usage"):
             answer.prompt_tokens, answer.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         for choice in part.get("choices") or []:
+            finished = finished or bool(choice.get("finish_reason"))  # `transformers serve` sends no [DONE]
             if (choice.get("delta") or {}).get("content"):
                 if chunks:
                     answer.itl.append(now - last)

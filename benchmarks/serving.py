@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 import socket
 import subprocess
@@ -39,7 +40,7 @@ from benchmarks.load import ask as send
 from benchmarks.results import Record, spread
 from shared.errors import UserError
 from shared.library import load_library
-from shared.settings import ROOT
+from shared.settings import OVERRIDES, ROOT
 
 NAME = "serving"
 LEVELS = (1, 8, 32, 128)
@@ -288,12 +289,18 @@ def server(path: str, command: Sequence[str] | None = None) -> Iterator[tuple[st
     UserError when it stops before it is ready, or is not ready in time.
     """
     port = free_port()
+    # Other projects read variables of the same names: llama.cpp's server does not start with an empty SEED.
+    environment = {k: v for k, v in os.environ.items() if k not in OVERRIDES} if command else None
     command = command or [sys.executable, "-m", "ml_engineer_track", "serve", "--port", "{port}", "--model", path]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w", encoding="utf-8") as stream:
             started = subprocess.Popen(
-                [part.replace("{port}", str(port)) for part in command], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT
+                [part.replace("{port}", str(port)) for part in command],
+                cwd=ROOT,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
         try:
             wait_until_ready(f"http://127.0.0.1:{port}", started, log)

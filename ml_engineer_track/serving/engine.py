@@ -28,6 +28,9 @@ IDLE_SECONDS = 0.5
 #: From MANY running generations on, tokens wait up to TOGETHER_SECONDS for those after them and are sent as one event. An event
 #: costs about as much as a token of a small model, and nobody reads twenty words a second (vLLM: `--stream-interval`).
 MANY, TOGETHER_SECONDS = 8, 0.05
+#: Then the engine also waits until the server has passed on what it got: Python runs one of the two threads at a time, and an
+#: engine that never waits is not interrupted before a whole reply is there, so that its first word comes with its last.
+PATIENCE_SECONDS, HOPS = 0.05, 4
 
 
 class Busy(Exception):  # noqa: N818 - it names an answer, not a fault
@@ -309,9 +312,21 @@ class Engine(ABC):
             by_loop.setdefault(stream.loop, {})[stream] = item
         for loop, items in by_loop.items():
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_put_all, items)
+                passed_on = threading.Event()
+                loop.call_soon_threadsafe(_put_all, items, passed_on)
+                if len(self.running) >= MANY:
+                    passed_on.wait(PATIENCE_SECONDS)
 
 
-def _put_all(items: Outbox) -> None:
+def _put_all(items: Outbox, passed_on: threading.Event) -> None:
     for stream, item in items.items():
         stream.queue.put_nowait(item)
+    _after(HOPS, passed_on)
+
+
+def _after(hops: int, passed_on: threading.Event) -> None:
+    """Set the event after so many rounds of the event loop: from a stream's reader to the socket it takes that many."""
+    if hops:
+        asyncio.get_running_loop().call_soon(_after, hops - 1, passed_on)
+    else:
+        passed_on.set()
