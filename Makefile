@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -55,6 +55,9 @@ demo: ml ai ## both tracks, one after the other
 serve: setup ## the running service with its web page, on PORT=8000
 	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run
 	@$(BIN)/python -m ai_engineer_track serve
+
+loop: setup ## what the product got wrong becomes the next model: two demonstrations. WATCH=1: look every hour; LOOK=1: once, at your own model
+	@$(BIN)/python -m ml_engineer_track loop $(if $(WATCH),--watch,$(if $(LOOK),,--demonstrate))
 
 bench: setup ## measure this machine. SUITE=latency,serving BUDGET=5m MODEL=folder DEVICE=cpu|cuda OUT=file
 	@$(BIN)/python -m benchmarks run --suite "$(SUITE)" --budget "$(BUDGET)" --model "$(MODEL)" --device "$(DEVICE)" $(if $(OUT),--out "$(OUT)")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ai_engineer_track.settings import AiSettings, load_ai_settings
 from shared.commandline import run_app
+from shared.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 Preset = Annotated[str | None, typer.Option(help="tiny or smoke (default: PRESET, else tiny)")]
@@ -84,6 +86,23 @@ def measure(preset: Preset = None) -> None:
     for path, cells in leaves(figures):
         shown.add_row(" / ".join(path), *cells)
     Console(width=130).print(shown)
+
+
+@app.command()
+def people(
+    url: Annotated[str, typer.Option(help="address of the running service")],
+    questions: Annotated[Path, typer.Option(help="rows of questions.jsonl to be asked")],
+    out: Annotated[Path, typer.Option(help="where to write what came of each")],
+) -> None:
+    """Simulated people ask a running service these questions, and give a thumb for every answer."""
+    from ai_engineer_track.people import ask_all
+    from shared import library as lib
+
+    rows, bad = lib.read_rows(questions.parent, questions.name, lib.Question)
+    if bad:
+        raise UserError(f"line {bad[0].line} is no question ({bad[0].reason})", str(questions), "Correct the file")
+    asked = ask_all(url, rows, out)
+    print(f"{len(asked)} questions, {sum(one.right for one in asked)} answered with a sentence that answers them")
 
 
 @app.command()

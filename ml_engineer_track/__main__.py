@@ -6,6 +6,7 @@ A stage that needs an earlier one takes that one's last result and says so when 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -268,6 +269,54 @@ def serve(
         raise UserError(f"unknown engine {engine!r}", "--engine", "Use auto, openvino, transformers or vllm")
     limits = Limits(cache_mb, max_running, max_waiting)
     return run_server(model, variant or [], loras, engine, host, port, artifacts, limits, draft, kernel)  # type: ignore[arg-type]
+
+
+@app.command()
+def loop(
+    preset: Annotated[str | None, typer.Option(help="a preset with a `loop:` group (default: PRESET, else loop)")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="look again and again, until it is stopped")] = False,
+    demonstrate: Annotated[bool, typer.Option("--demonstrate", help="the two demonstrations, on data of their own")] = False,
+) -> None:
+    """From what the product got wrong to the next model, or a reason why not: one look, or what the options say."""
+    from ml_engineer_track.lifecycle import loop as l
+    from ml_engineer_track.lifecycle.demonstration import demonstrate as show
+
+    settings = load_settings(preset or os.environ.get("PRESET") or "loop")
+    l.loop_of(settings)
+    if demonstrate:
+        show(settings)
+    elif watch:
+        l.watch(settings)
+    else:
+        with l.only_one(settings):
+            l.look(settings)
+
+
+@app.command()
+def models(
+    action: Annotated[str, typer.Argument(help="list, rollback, pin, unpin or gc")] = "list",
+    version: Annotated[str | None, typer.Argument(help="for pin and unpin")] = None,
+    keep: Annotated[int, typer.Option(min=0, help="for gc: versions nobody needs that are kept all the same")] = 2,
+) -> None:
+    """The versions that are there, their figures, who is current; back to the one before; what is kept."""
+    from ml_engineer_track.lifecycle import registry as r
+
+    artifacts = load_settings("tiny").artifacts
+    folder = artifacts / "models"
+    if action == "list":
+        r.show(r.versions(folder, artifacts / "feedback"))
+    elif action == "rollback":
+        print(f"{r.roll_back(folder)} is current again")
+    elif action == "gc":
+        removed = r.collect_garbage(folder, artifacts / "feedback", keep)
+        print(f"removed: {', '.join(removed) or 'nothing'}")
+    elif action in ("pin", "unpin"):
+        if not version:
+            raise UserError("which version?", f"models {action}", "Name one; `models` lists them")
+        r.pin(folder, version, action == "pin")
+        print(f"{version} is {'pinned' if action == 'pin' else 'no longer pinned'}")
+    else:
+        raise UserError(f"unknown action {action!r}", "models", "Use list, rollback, pin, unpin or gc")
 
 
 def main() -> int:

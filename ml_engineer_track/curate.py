@@ -132,7 +132,7 @@ def curate(settings: Settings, ranker: Ranker) -> CuratedData:
             raise UserError(
                 f"no {split} rows are left after curation", str(settings.datasets), "Raise max_prompt_tokens, or add rows"
             )
-    return _write(rows, quarantine, settings.artifacts / "data")
+    return write_version(rows, quarantine, settings.artifacts / "data")
 
 
 def load_curated(folder: Path) -> CuratedData:
@@ -309,7 +309,7 @@ def _clarify_row(case: lib.Case, copy: int, pool: _Pool, rng: random.Random) -> 
 
 
 def _judge_row(label: lib.JudgeLabel, copy: int, pool: _Pool, answer: str = "", verdict: chat.Verdict | None = None) -> Row:
-    sources = _sources(pool.library, label.passages)
+    sources = sources_of(pool.library, label.passages)
     verdict = verdict or chat.Verdict(grounded=label.grounded, safe=label.safe, helpful=label.helpful)
     return Row(
         id=f"{label.id}#j{copy}", split=pool.split, skill="judge", sources=label.passages,
@@ -391,7 +391,7 @@ def _spread(rows: list[Row], limit: int) -> list[Row]:
     return kept
 
 
-def _write(rows: dict[lib.Split, list[Row]], quarantine: list[dict[str, Any]], parent: Path) -> CuratedData:
+def write_version(rows: dict[lib.Split, list[Row]], quarantine: list[dict[str, Any]], parent: Path) -> CuratedData:
     counts = {split: dict(Counter(r.skill for r in rows[split])) for split in lib.SPLITS}
     dropped = dict(Counter(str(q["reason"]).split(":")[0] for q in quarantine))
     aside = parent / "curating.part"
@@ -420,7 +420,8 @@ def _section(pool: _Pool, key: str) -> list[chat.Source]:
     return section_sources(pool.library.leaflets[slug], name)
 
 
-def _sources(library: lib.Library, ids: Sequence[str]) -> list[chat.Source]:
+def sources_of(library: lib.Library, ids: Sequence[str]) -> list[chat.Source]:
+    """Sentences by id, with the headings they are shown under. KeyError for one that does not exist."""
     found = []
     for sid in ids:
         slug, name, _ = sid.split("/")

@@ -82,7 +82,7 @@ def publish(
         model_id=f"{settings.preset}-{Path(settings.model_path).name if settings.model != 'bundled' else 'bundled'}",
         version=version_of(folders, data, scores, figures, assets),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=_commit(),
+        commit=commit(),
         base_model=base_info(settings),
         data=handoff.DataInfo(version=data.version, counts=data.counts),
         training={**settings.finetune.model_dump(), "steps": tuned.steps, "validation_loss": tuned.best_validation_loss},
@@ -120,7 +120,7 @@ def add_variants(
         update={
             "version": f"m-{sha256_text(json.dumps(content, sort_keys=True))[:12]}",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": _commit(),
+            "commit": commit(),
             "training": {**old.training, **training},
             "variants": {**kept, **described},
             "assets": {},
@@ -257,6 +257,6 @@ def _tokenizer_hash(folder: Path) -> str:
     return sha256_tree(sorted(p for p in folder.iterdir() if p.name.startswith("tokenizer") or p.suffix == ".jinja"))
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

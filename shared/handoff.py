@@ -76,6 +76,18 @@ class Variant(_Strict):
     golden: list[Golden]
 
 
+class Lineage(_Strict):
+    """Where a version that came out of another one comes from: `parent` was trained on with what people had labelled.
+
+    `feedback` is the content hash of those labels, `labels` their ids, `reason` why the model was changed at all.
+    """
+
+    parent: str
+    reason: str
+    feedback: str
+    labels: list[str] = []
+
+
 class Manifest(_Strict):
     schema_version: Literal[1] = 1
     model_id: str
@@ -97,19 +109,28 @@ class Manifest(_Strict):
     variants: dict[str, Variant]
     #: files beside the variants, by path relative to the version's folder
     assets: dict[str, File] = {}
+    #: None for a version that was trained from the base model
+    lineage: Lineage | None = None
 
 
 def publish(
-    manifest: Manifest, folders: dict[str, Path], models: Path, extra: Callable[[Path], None], assets: Sequence[Path] = ()
+    manifest: Manifest,
+    folders: dict[str, Path],
+    models: Path,
+    extra: Callable[[Path], None],
+    assets: Sequence[Path] = (),
+    make_current: bool = True,
 ) -> Path:
     """Copy the variants and assets, write the manifest, verify the copy, rename it into place, then move `current`.
 
     `extra` may add files (the model card) to the folder before it is renamed. A version is named by its content, so one that
-    is already there and verifies is kept. Nothing visible changes when any step fails.
+    is already there and verifies is kept. Nothing visible changes when any step fails. With `make_current` False the version
+    is only laid beside the others: a candidate, which somebody has yet to decide about.
     """
     final = models / manifest.version
     if is_whole(final):
-        set_current(models, manifest.version)
+        if make_current:
+            set_current(models, manifest.version)
         return final
     aside = models / f".{manifest.version}.part"
     shutil.rmtree(aside, ignore_errors=True)
@@ -133,7 +154,8 @@ def publish(
         aside.rename(final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    set_current(models, manifest.version)
+    if make_current:
+        set_current(models, manifest.version)
     return final
 
 

@@ -131,6 +131,43 @@ class Benchmark(_Strict):
     training_steps: int = Field(gt=0)
 
 
+class Gate(_Strict):
+    """What a candidate may lose before it is refused, each on the scale of its figure."""
+
+    test_rows: int = Field(gt=0)
+    refusal_rows: int = Field(gt=0)
+    evidence_margin: float = Field(gt=0, lt=1)
+    emergency_margin: float = Field(gt=0)
+    refusal_margin: float = Field(gt=0, lt=1)
+    slower: float = Field(gt=1)
+    rounds: int = Field(ge=5)
+
+
+class Trial(_Strict):
+    """How a candidate is tried on live traffic before it is promoted."""
+
+    share: float = Field(gt=0, lt=1)
+    error: float = Field(gt=0, lt=0.5)
+    margin: float = Field(gt=0, lt=1)
+    shadow_answers: int = Field(gt=0)
+    canary_answers: int = Field(gt=0)
+
+
+class Loop(_Strict):
+    """When the model is changed, what it learns then besides the labels, and what it must pass (ml_engineer_track/lifecycle/)."""
+
+    every_seconds: float = Field(gt=0)
+    enough_labels: int = Field(gt=0)
+    drift_window: int = Field(gt=0)
+    oldest_days: float | None = Field(default=None, gt=0)
+    label_copies: int = Field(ge=1)
+    exam_share: float = Field(gt=0, lt=1)
+    replay: dict[Literal["answer", "not_answered", "decide", "clarify", "judge"], int]
+    gate: Gate
+    trial: Trial
+    keep: int = Field(ge=0)
+
+
 class Settings(_Strict):
     """One run of the ML track."""
 
@@ -149,6 +186,8 @@ class Settings(_Strict):
     distill: Distill
     evaluate: Evaluate
     benchmark: Benchmark
+    #: only presets that `make loop` may use have it
+    loop: Loop | None = None
 
     @property
     def model_path(self) -> str:

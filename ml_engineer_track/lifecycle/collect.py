@@ -1,0 +1,113 @@
+"""What came back from the product since the model was last changed, and whether it is reason enough to change it again.
+
+Why an ML engineer does not simply train on everything in the file: a label on an answer of a model nobody knows cannot be
+reproduced, one about a leaflet of the test split would spoil the test, and one that was tried before and made the model worse must not come
+again with the next batch. What is used is laid aside under its content hash, so that a turn that was interrupted goes on with the same.
+
+    artifacts/loop/turns/<n>/collected.json      the labels of a turn, and what was left out and why
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from shared import feedback, labels, outcomes
+from shared.files import sha256_text
+from shared.handoff import read_manifest
+from shared.labels import Label
+from shared.library import BadRow, Library
+from shared.settings import Loop
+
+
+class Collected(BaseModel):
+    """`taught` are trained on; `examined` never are: the gate asks the candidate these. `notes` say what was left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: str
+    taught: list[Label]
+    examined: list[Label]
+    counts: dict[str, int]
+    notes: list[str]
+
+    @property
+    def labels(self) -> list[Label]:
+        return [*self.taught, *self.examined]
+
+
+def collect(folder: Path, models: Path, library: Library, options: Loop, tried: Collection[str]) -> Collected:
+    """The labels that can be learnt from, without those of `tried`. Lines that cannot be read are counted and noted, never fatal."""
+    records, bad = feedback.read(folder)
+    written, bad_labels = labels.read(folder)
+    answers, bad_outcomes = outcomes.read(folder)
+    notes = [_said(row) for row in (*bad, *bad_labels, *bad_outcomes)]
+    known = {path.parent.name for path in models.glob("*/manifest.json")}
+    for what, found in (("feedback records", records), ("labels", written), ("outcomes", answers)):
+        if strangers := Counter(r.model_version.split(":")[0] for r in found if r.model_version.split(":")[0] not in known):
+            names = ", ".join(sorted(strangers))
+            notes.append(f"{sum(strangers.values())} {what} are about model versions that are not here ({names}): not used")
+    usable = [label for label in written if label.model_version.split(":")[0] in known and label.id not in tried]
+    fit: list[Label] = []
+    for label in usable:
+        if problem := _problem(label, library):
+            notes.append(f"label {label.id}: {problem}: not used")
+        else:
+            fit.append(label)
+    # By the label's own hash, so that no later label changes on which side an earlier one stands.
+    examined = [label for label in fit if int(sha256_text(label.id)[:8], 16) / 2**32 < options.exam_share]
+    ids = {label.id for label in examined}
+    return Collected(
+        id="f-" + sha256_text("\n".join(label.model_dump_json() for label in fit))[:12],
+        taught=[label for label in fit if label.id not in ids],
+        examined=examined,
+        counts={"feedback": len(records), "labels": len(written), "outcomes": len(answers), "new labels": len(fit)},
+        notes=notes,
+    )
+
+
+def reason_to_retrain(
+    collected: Collected, current: Path, options: Loop, drifted: Callable[[], str | None] = lambda: None
+) -> str | None:
+    """Why the model should change now, as a clause; None when it should not.
+
+    There is nothing to learn without a new label, whatever else happens. `drifted` says in a sentence what has changed, or None.
+    """
+    if not collected.taught:
+        return None
+    new = len(collected.labels)
+    if new >= options.enough_labels:
+        return f"{new} new labels, {options.enough_labels} are enough"
+    if sentence := drifted():
+        return f"drift, and {new} new labels: {sentence}"
+    age = datetime.now(UTC) - datetime.fromisoformat(read_manifest(current).created)
+    if options.oldest_days is not None and age.days >= options.oldest_days:
+        return f"the model is {age.days} days old, and there are {new} new labels"
+    return None
+
+
+def _problem(label: Label, library: Library) -> str:
+    """Why this label cannot become a training row; empty when it can."""
+    named = {sid.split("/")[0] for sid in (*label.answer_sentences, *label.passages)}
+    if gone := [sid for sid in label.answer_sentences if not library.has(sid)]:
+        return f"sentence {gone[0]} is not in the library"
+    if label.action in ("answer", "not_answered") and not named & set(library.leaflets):
+        return "it names no leaflet of the library"
+    held = {slug for slug in _about(label) if library.leaflets[slug].split != "train"}
+    return (
+        f"leaflet {min(held)} belongs to the {library.leaflets[min(held)].split} split, which nothing is trained on"
+        if held
+        else ""
+    )
+
+
+def _about(label: Label) -> Sequence[str]:
+    """The leaflets whose text the label teaches."""
+    return sorted({sid.split("/")[0] for sid in label.answer_sentences})
+
+
+def _said(row: BadRow) -> str:
+    return f"skipped {row.file}:{row.line}: {row.reason}"
