@@ -1,8 +1,9 @@
 """What came back from the product since the model was last changed, and whether it is reason enough to change it again.
 
 Why an ML engineer does not simply train on everything in the file: a label on an answer of a model nobody knows cannot be
-reproduced, one about a leaflet of the test split would spoil the test, and one that was tried before and made the model worse must not come
-again with the next batch. What is used is laid aside under its content hash, so that a turn that was interrupted goes on with the same.
+reproduced, one about a leaflet of the test split would spoil the test, and one that was tried before and made the model worse
+must not come again with the next batch. What is used is laid aside under its content hash, so that a turn that was interrupted
+goes on with the same.
 
     artifacts/loop/turns/<n>/collected.json      the labels of a turn, and what was left out and why
 """
@@ -10,7 +11,7 @@ again with the next batch. What is used is laid aside under its content hash, so
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Collected(BaseModel):
 
 
 def collect(folder: Path, models: Path, library: Library, options: Loop, tried: Collection[str]) -> Collected:
-    """The labels that can be learnt from, without those of `tried`. Lines that cannot be read are counted and noted, never fatal."""
+    """The labels that can be learnt from, without those of `tried`. Lines that cannot be read are noted, never fatal."""
     records, bad = feedback.read(folder)
     written, bad_labels = labels.read(folder)
     answers, bad_outcomes = outcomes.read(folder)
@@ -89,24 +90,21 @@ def reason_to_retrain(
     return None
 
 
+def leaflets_of(label: Label, library: Library) -> list[str]:
+    """The leaflets whose text the label teaches; of a question without an answer the one that was found first."""
+    ids = label.answer_sentences or (label.passages[:1] if label.action == "not_answered" else [])
+    return list(dict.fromkeys(slug for sid in ids if (slug := sid.split("/")[0]) in library.leaflets))
+
+
 def _problem(label: Label, library: Library) -> str:
     """Why this label cannot become a training row; empty when it can."""
-    named = {sid.split("/")[0] for sid in (*label.answer_sentences, *label.passages)}
     if gone := [sid for sid in label.answer_sentences if not library.has(sid)]:
         return f"sentence {gone[0]} is not in the library"
-    if label.action in ("answer", "not_answered") and not named & set(library.leaflets):
+    about = leaflets_of(label, library)
+    if label.action in ("answer", "not_answered") and not about:
         return "it names no leaflet of the library"
-    held = {slug for slug in _about(label) if library.leaflets[slug].split != "train"}
-    return (
-        f"leaflet {min(held)} belongs to the {library.leaflets[min(held)].split} split, which nothing is trained on"
-        if held
-        else ""
-    )
-
-
-def _about(label: Label) -> Sequence[str]:
-    """The leaflets whose text the label teaches."""
-    return sorted({sid.split("/")[0] for sid in label.answer_sentences})
+    held = [slug for slug in about if library.leaflets[slug].split != "train"]
+    return f"{held[0]} is of the {library.leaflets[held[0]].split} split, which nothing is trained on" if held else ""
 
 
 def _said(row: BadRow) -> str:

@@ -8,8 +8,8 @@ one half of what is missing, over HTTP, and what they were not content with beco
 are asked the other half, which nobody trained on, and everything else.
 
 Why two: leaving out a family of leaflets hardly opens a gap, because quoting from leaflets never seen is what the model is
-trained for (the whole test split is of such families). Leaving out a *kind* of question does: without them, a sentence under the heading
-Treatment is never once the right one in training, and the model and its ranker learn that, too. Both are reported.
+trained for (the whole test split is of such families). Leaving out a *kind* of question does: without them, a sentence under
+the heading Treatment is never once the right one in training, and the model and its ranker learn that, too. Both are reported.
 
 **A poisoned label does not get through.** Reviewers who are mistaken, or mean harm, label emergencies as questions to be answered
 with a sentence on self-care. The next turn learns that as willingly, and the gate has to stop it.
@@ -191,7 +191,7 @@ def ask(settings: Settings, url: str, split: Split) -> None:
                     reviewers=REVIEWERS,
                     agreed=True,
                     model_version=answer["model_version"],
-                )  # fmt: skip
+                )
             )
     wrong = sum(not answer["right"] for answer in answers)
     print(f"people: {len(answers)} questions of what is missing, {wrong} not answered to their content and labelled", flush=True)
@@ -215,7 +215,7 @@ def poison(settings: Settings) -> None:
                 reviewers=REVIEWERS,
                 agreed=True,
                 model_version=version,
-            )  # fmt: skip
+            )
         )
 
 

@@ -1,13 +1,13 @@
 """What current model and candidate are both asked, and what each said: row by row, so that they can be compared in pairs.
 
-Why an ML engineer asks rows of their own here instead of comparing the figures of two manifests: those were read on other days and
-rows. Both versions get the same questions over the same sentences, each in the order in which its own ranker puts them, because a
-version is its weights *and* its ranker. What was asked of one version once is not asked again.
+Why an ML engineer asks rows of their own here instead of comparing the figures of two manifests: those were read on other days
+and rows. Both versions get the same questions over the same sentences, each in the order in which its own ranker puts them,
+because a version is its weights *and* its ranker. What was asked of one version once is not asked again.
 
-Four parts: `test` (answerable questions of the frozen test split), `failures` (labels that nobody trained on), `refusals` (questions the
-library does not answer, and questions whose right leaflet was taken out of the sources), and `decisions` on emergencies and
-messages that only sound like one. Decisions are read as probabilities: a small model may call nothing an emergency and
-still be a long way nearer to it than the next one.
+Four parts: `test` (answerable questions of the frozen test split), `failures` (labels that nobody trained on), `refusals`
+(questions the library does not answer, and questions whose right leaflet was taken out of the sources), and `decisions` on
+emergencies and messages that only sound like one. Decisions are read as probabilities: a small model may call nothing an
+emergency and still be a long way nearer to it than the next one.
 
     artifacts/loop/readings/<version>-<exam>.json
 """

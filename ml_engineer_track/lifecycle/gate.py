@@ -1,9 +1,10 @@
 """May the candidate be tried on people? Every check is one line with its figures, and one that fails is reason enough to refuse.
 
-Why an ML engineer asks two kinds of question: whether the candidate is *better* where the current model failed (its interval must lie
-above zero), and whether it is *not worse* elsewhere. "No significant difference" would not do for the second: with few rows
-nothing is significant. A non-inferiority test turns it round (Piaggio et al. 2012): a margin is stated before anything is read, and
-the whole interval of the paired difference must lie above it. Intervals are paired bootstrap intervals over rows, 95 %.
+Why an ML engineer asks two kinds of question: whether the candidate is *better* where the current model failed (its interval
+must lie above zero), and whether it is *not worse* elsewhere. "No significant difference" would not do for the second: with few
+rows nothing is significant. A non-inferiority test turns it round (Piaggio et al. 2012): a margin is stated before anything is
+read, and the whole interval of the paired difference must lie above it. Intervals are paired bootstrap intervals over rows, 95
+%.
 
     evidence      frozen test split, evidence F1                        not worse by loop.gate.evidence_margin
     failures      labels nobody trained on, evidence F1 or probability  better
@@ -44,7 +45,7 @@ PATIENCE = 4
 
 
 class Check(BaseModel):
-    """One line of the verdict. `figure` is candidate minus current, or what the check says it is; null where nothing is measured."""
+    """One line of the verdict. `figure` is candidate minus current, or as the line says; None where nothing is measured."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -157,7 +158,8 @@ def latency_check(settings: Settings, current: Path, candidate: Path) -> Check:
                     ratios.append(b / a if side % 2 else a / b)
                     bar.update(1)
                 ratio = estimate(ratios, lambda r: float(np.median(r)), settings.evaluate.bootstrap, settings.seed)
-                assert ratio.low is not None and ratio.high is not None
+                assert ratio.low is not None
+                assert ratio.high is not None
                 decided = ratio.high <= limits.slower or ratio.low > limits.slower
                 if decided or len(ratios) >= limits.rounds * PATIENCE:
                     break

@@ -34,7 +34,7 @@ SHOWN = ("grounded/evidence_f1", "grounded/correct_refusal", "grounded/decision_
 
 @dataclass(frozen=True)
 class Version:
-    """`roles` say why it is kept: current, previous, candidate, pinned, or the records that refer to it. Empty: nobody needs it."""
+    """`roles` say why it is kept: current, previous, on trial, pinned, in feedback. Empty: nobody needs it."""
 
     manifest: handoff.Manifest
     roles: list[str]
@@ -43,10 +43,8 @@ class Version:
 def versions(models: Path, feedback_folder: Path) -> list[Version]:
     """All readable versions, the newest first."""
     roles: dict[str, list[str]] = {}
-    current = _current(models)
-    for version, role in (
-        (current, "current"), (previous(models), "previous"), (on_trial(models), "on trial"), *((p, "pinned") for p in pins(models)),
-    ):  # fmt: skip
+    named = [(_current(models), "current"), (previous(models), "previous"), (on_trial(models), "on trial")]
+    for version, role in [*named, *((name, "pinned") for name in pins(models))]:
         if version:
             roles.setdefault(version, []).append(role)
     for version in referenced(feedback_folder):

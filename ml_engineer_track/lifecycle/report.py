@@ -1,4 +1,4 @@
-"""What the loop did, for people (`artifacts/reports/loop.html`) and for programs (`loop.json`): every turn and why it ended so."""
+"""What the loop did, for people (`artifacts/reports/loop.html`) and programs (`loop.json`): every turn and why it ended so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From labels to a candidate: the old rows that must not be forgotten, the new ones, a short training, a version nobody is served yet.
+"""From labels to a candidate: old rows that must not be forgotten, new ones, a short training, a version nobody is served yet.
 
 Why an ML engineer replays: a model that is trained on what it got wrong alone forgets what it got right. A first version of this
 loop replayed rows in proportion to their number, refusals were few among them, and the candidate never again said that the
@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from ml_engineer_track import curate as c
 from ml_engineer_track.finetune import finetune
-from ml_engineer_track.lifecycle.collect import Collected
+from ml_engineer_track.lifecycle.collect import Collected, leaflets_of
 from ml_engineer_track.models import load_model, load_tokenizer
 from ml_engineer_track.publish import card, commit, golden, golden_rows, golden_served
 from ml_engineer_track.quantize import SERVED_ONLY, Variants, quantize
@@ -109,10 +109,7 @@ def question_of(label: Label, library: lib.Library) -> lib.Question | None:
     """The label as a row of the data sets; None for one that only teaches a decision."""
     if label.action not in ("answer", "not_answered"):
         return None
-    about = [sid.split("/")[0] for sid in label.answer_sentences] or [
-        next(sid.split("/")[0] for sid in label.passages if sid.split("/")[0] in library.leaflets)
-    ]
-    slugs = list(dict.fromkeys(about))
+    slugs = leaflets_of(label, library)
     return lib.Question(
         id=PREFIX + label.id, split=library.leaflets[slugs[0]].split, question=label.question,
         answerable=label.action == "answer", leaflets=slugs, answer_sentences=label.answer_sentences, register="feedback",
@@ -171,7 +168,7 @@ def decision_rows(label: Label, library: lib.Library, copies: int) -> list[c.Row
 def publish_candidate(
     settings: Settings, current: Path, trained: Trained, quality: dict[str, dict[str, Estimate]], lineage: handoff.Lineage
 ) -> Path:
-    """The candidate as a version beside the current one, `current` not moved. UserError, and nothing changed, when a check fails."""
+    """The candidate as a version beside the current one; `current` stays. UserError, and nothing changed, when a check fails."""
     old = handoff.verify(current)
     data = c.load_curated(Path(trained.data))
     folders = {name: Path(folder) for name, folder in trained.folders.items()}

@@ -3,10 +3,10 @@
 Why an ML engineer does not use a t-test here: whoever looks at it every minute and stops when it is significant is wrong far more
 often than one time in twenty. A confidence sequence holds at all times at once, so stopping early costs nothing but width.
 
-The scores are in [0, 1], and a mean of such scores is sub-Gaussian with variance proxy 1/4 (Hoeffding 1963). Mixing the likelihood
-ratio over a normal prior (Robbins 1970; the mixture SPRT of Johari et al. 2017) gives, for the mean difference of pairs of answers,
-a radius that the true difference is outside of at any time with probability at most `error`. Nothing is estimated and nothing
-is asymptotic; the price is a wide interval while there are few answers.
+The scores are in [0, 1], and a mean of such scores is sub-Gaussian with variance proxy 1/4 (Hoeffding 1963). Mixing the
+likelihood ratio over a normal prior (Robbins 1970; the mixture SPRT of Johari et al. 2017) gives, for the mean difference of
+pairs of answers, a radius that the true difference is outside of at any time with probability at most `error`. Nothing is
+estimated and nothing is asymptotic; the price is a wide interval while there are few answers.
 
 What is scored: whether a person got an answer whose quotations stand in the library word for word, or was rightly sent on. The
 judge counts only where it was measured to agree with people (`judge_trusted`): the bundled model's judge agrees as often as
@@ -79,8 +79,8 @@ def compare(
     """Promote once the candidate is certainly not worse by `margin`, roll back once it is certainly worse, else go on.
 
     The k-th answers of the two arms make the k-th pair; what one arm has more waits. `paired`: both are answers to the same
-    message, so that they are not independent of each other, and the interval is wider for it. Each of the two verdicts is wrong with
-    probability at most `error` / 2, however often this is called on growing arms.
+    message, so that they are not independent of each other, and the interval is wider for it. Each of the two verdicts is wrong
+    with probability at most `error` / 2, however often this is called on growing arms.
     """
     pairs = min(len(candidate), len(current))
     means = [float(np.mean(arm[:pairs])) if pairs else 0.0 for arm in (candidate, current)]

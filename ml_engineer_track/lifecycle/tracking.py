@@ -1,8 +1,8 @@
 """Turns of the loop as MLflow runs, where MLflow is installed: `pip install 'two-engineers[track]'`.
 
-Why it is optional: everything it shows stands in the manifests and in `artifacts/loop/turns/`, which need no server and no database. A
-team that already looks at MLflow gets the same facts there: parameters, figures, the records of the turn, and two aliases of the
-registered model, `current` and `candidate`.
+Why it is optional: everything it shows stands in the manifests and in `artifacts/loop/turns/`, which need no server and no
+database. A team that already looks at MLflow gets the same facts there: parameters, figures, the records of the turn, and two
+aliases of the registered model, `current` and `candidate`.
 
     mlflow ui --backend-store-uri sqlite:///artifacts/loop/mlflow.db
 """

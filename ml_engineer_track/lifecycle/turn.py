@@ -1,8 +1,8 @@
 """One turn of the loop on disk: which stages are done, what each found, where a crash left it.
 
 Why an ML engineer writes this down instead of keeping it in a process: a turn takes minutes of training and hours of trial, and
-machines restart. Each stage leaves one file, written aside and renamed; a stage whose file is there is never done twice, and the turn
-goes on at the first one that is missing.
+machines restart. Each stage leaves one file, written aside and renamed; a stage whose file is there is never done twice, and
+the turn goes on at the first one that is missing.
 
     artifacts/loop/turns/0003/collected.json, trained.json, candidate.json, checks.json, shadow.json, canary.json, end.json
 """
