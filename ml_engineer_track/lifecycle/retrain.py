@@ -31,6 +31,7 @@ from shared import chat, handoff
 from shared import library as lib
 from shared.errors import UserError
 from shared.files import replace_folder, sha256_text, sha256_tree, write_text
+from shared.hardware import fingerprint
 from shared.labels import Label
 from shared.metrics import Estimate
 from shared.ranking import read_ranker
@@ -190,6 +191,7 @@ def publish_candidate(
             "data": handoff.DataInfo(version=trained.data_version, counts=trained.counts),
             "training": _training(settings, trained),
             "seed": settings.seed,
+            "hardware": fingerprint(),
             "use": {where: name if name in described else "bf16" for where, name in old.use.items()},
             "variants": described,
             "assets": {},
