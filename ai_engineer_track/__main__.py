@@ -32,15 +32,19 @@ def serve(preset: Preset = None) -> None:
     import uvicorn
 
     from ai_engineer_track.api.main import create_app
-    from ai_engineer_track.inference import inference_server, need_port
+    from ai_engineer_track.inference import Servers, need_port
     from ai_engineer_track.ingest import ingest as bring_up_to_date
 
     settings = _settings(preset)
     need_port(settings.api.host, settings.api.port)
-    with inference_server(settings) as served:
-        bring_up_to_date(served)
-        print(f"open http://{served.api.host}:{served.api.port}  (Ctrl-C ends it)", flush=True)
-        uvicorn.run(create_app(served), host=served.api.host, port=served.api.port, log_level="warning", server_header=False)
+    with Servers(settings) as servers:
+        bundled = None if settings.llm.base_url else servers  # somebody else's server is not ours to follow
+        if bundled:
+            bundled.current()
+        bring_up_to_date(settings)
+        print(f"open http://{settings.api.host}:{settings.api.port}  (Ctrl-C ends it)", flush=True)
+        app = create_app(settings, servers=bundled)
+        uvicorn.run(app, host=settings.api.host, port=settings.api.port, log_level="warning", server_header=False)
 
 
 @app.command()

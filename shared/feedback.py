@@ -77,15 +77,19 @@ class TurnSummary(_Strict):
     cited: list[str] = []
     question: Scrubbed | None = None
     verdict: Verdict | None = None
+    #: what was written and then not shown
+    withheld: Scrubbed | None = None
 
 
 class Feedback(_Strict):
     """One thing to learn from. `answer_id` names the answer, never the person or the conversation.
 
-    `earlier` are the person's messages before `question`, oldest first: without them a clarified case cannot be replayed.
-    `passages` are the ids of what was retrieved, best first. `model_version` is `<published version>:<variant>` of the model that
-    answered, or the name a provider gives its model. `judge_trusted` says whether the judge agreed with people well enough,
-    when it was last measured, for its verdict to count; None where it was never asked.
+    `earlier` are the person's messages before `question`, oldest first, and `replies` what they were told: without them a
+    clarified case cannot be replayed. `opening` is the message that began the problem, where `question` only replies to a
+    question back. `steps` are the parts of the work with what each found, `passages` the ids of what was retrieved, best
+    first. `model_version` is `<published version>:<variant>` of the model that answered, or the name a provider gives its
+    model. `judge_trusted` says whether the judge agreed with people well enough, when it was last measured, for the marks this
+    is about to count; None where it was not asked.
     """
 
     schema_version: Literal[1] = 1
@@ -96,8 +100,11 @@ class Feedback(_Strict):
     id: str = Field(default_factory=lambda made: _record_id(made), max_length=64)
     time: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     question: Scrubbed = Field(max_length=20_000)
+    opening: Scrubbed = Field(default="", max_length=20_000)
     earlier: list[Scrubbed] = []
+    replies: list[Scrubbed] = []
     turn: TurnSummary
+    steps: list[Scrubbed] = []
     passages: list[str]
     model_version: str
     index_version: str

@@ -32,9 +32,9 @@ Arm = Literal["current", "candidate", "shadow"]
 class Outcome(BaseModel):
     """How one answer went. A shadow's answer has the answer id of the one the person got.
 
-    `kind` is the turn's kind, `model_version` is `<published version>:<variant>`. The judge's marks are None where it was not asked, `quotes_verbatim` where nothing was quoted;
-    `judge_trusted` says whether the judge agreed with people well enough, when it was last measured, for its marks to count.
-    `seconds` is the time the whole turn took.
+    `model_version` is `<published version>:<variant>`, `kind` the turn's kind. The judge's marks are None where it was not asked,
+    `quotes_verbatim` where nothing was quoted; `judge_trusted` says whether the judge agreed with people well enough on both
+    grounded and safe, when it was last measured, for its marks to count. `seconds` is the time the whole turn took.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
