@@ -47,7 +47,7 @@ class Deal:
         return np.repeat(np.arange(len(self.starts)), np.diff([*self.starts, len(self.rows)]))
 
     def mean(self, values: Array) -> Array:
-        """(messages,) mean of `values`, one for each dealt row, over the rows of a message. NaNs do not count; NaN where all are."""
+        """(messages,) mean of `values`, one for each dealt row, over a message's rows; NaNs do not count, NaN where all are."""
         known = ~np.isnan(values)
         sums = np.add.reduceat(np.where(known, values, 0.0), self.starts)
         counts = np.add.reduceat(known.astype(float), self.starts)
@@ -99,7 +99,7 @@ def bet_on_categories(now: Array, before: Array, dealt: Deal, categories: int) -
 def bet_on_meaning(now: Array, before: Array, dealt: Deal) -> Array:
     """Payoffs for rows of kernel features: what resembles the messages so far more than the reference so far is bet on.
 
-    That is the witness function of the maximum mean discrepancy (Gretton et al. 2012), learnt on the way. Rows of NaN say nothing.
+    That is the witness function of the maximum mean discrepancy (Gretton et al. 2012), learnt on the way. NaN rows say nothing.
     """
     theirs = before[dealt.rows]
     block, their_block = np.arange(len(now)) // BLOCK, dealt.of // BLOCK

@@ -187,7 +187,9 @@ def monday(now: float) -> float:
 class Lens:
     """Turns messages into what the tests see, beside a library. `embed` gives unit vectors, (n, 384)."""
 
-    def __init__(self, library: Library, embed_library: Callable[[Sequence[str]], Array], embed: Callable[[Sequence[str]], Array]):
+    def __init__(
+        self, library: Library, embed_library: Callable[[Sequence[str]], Array], embed: Callable[[Sequence[str]], Array]
+    ):
         passages = [p for leaf in library for p in leaflet_passages(leaf, f"{leaf.id}.md")]
         texts = [unit_texts(p) for p in passages]
         systems = {leaf.id: leaf.body_system for leaf in library}
