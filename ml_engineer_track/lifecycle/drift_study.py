@@ -260,7 +260,8 @@ def page(f: dict[str, Any], examples: dict[str, tuple[Array, Array]]) -> str:
         f"Messages are drawn from the training and validation questions, {f['messages_per_hour']} an hour on average, with four "
         f"quiet weeks as reference. What comes of them is a stated model, not a measurement: {POOR:.0%} poor answers, of which "
         f"{REFUSED:.0%} are refusals and the others score {', '.join(map(str, LOW))}; good ones score "
-        f"{' or '.join(map(str, HIGH))}; {CLARIFIED:.0%} are questions back. Real people repeat themselves and come in seasons; expect more alarms from them."
+        f"{' or '.join(map(str, HIGH))}; {CLARIFIED:.0%} are questions back. Real people repeat themselves and come in seasons; "
+        "expect more alarms from them."
     )
     return document(
         title,

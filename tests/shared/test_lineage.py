@@ -61,8 +61,8 @@ def place(tmp_path: Path, mini_datasets: Path, monkeypatch: pytest.MonkeyPatch) 
 def remark(said: str, **fields: Any) -> Feedback:
     values: dict[str, Any] = {
         "answer_id": "a-1", "kind": "thumbs_down", "reason": "too short", "question": "What helps?",
-        "turn": TurnSummary(kind="answer", text=said, leaflet="common-cold", cited=[CITED]), "passages": ["common-cold/self-care"],
-        "model_version": "m-1:bf16", "index_version": "i-7", "prompt_version": 1,
+        "turn": TurnSummary(kind="answer", text=said, leaflet="common-cold", cited=[CITED]),
+        "passages": ["common-cold/self-care"], "model_version": "m-1:bf16", "index_version": "i-7", "prompt_version": 1,
     }  # fmt: skip
     return Feedback(**{**values, **fields})
 
