@@ -49,6 +49,8 @@ FEATURES, WIDTH = 512, 0.5
 PERMUTATIONS = 500
 #: cosine with the nearest sentence of the library at which a question is at home there, and at which it is foreign
 AT_HOME, FOREIGN = 0.8, 0.3
+#: words a message may have to fall into each class of lengths; fixed, because classes cut by the reference would favour it
+LENGTHS = np.array([3, 5, 8, 12, 17, 24, 35, 60])
 SEED = 7
 REFUSALS = ("not_answered", "decline")
 
@@ -98,7 +100,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Test:
+class Finding:
     """What one test found. `evidence` is the highest wealth of its bet: 100 is as surprising as one chance in 100.
 
     `before` and `now` are means (words, shares, scores); `amount` is the PSI of topics and lengths, the squared MMD of the
@@ -121,7 +123,7 @@ class Verdict:
 
     drifted: bool | None
     sentence: str
-    tests: list[Test] = field(default_factory=list)
+    tests: list[Finding] = field(default_factory=list)
     evidence: float | None = None
     since: float | None = None
     reference: int = 0
@@ -275,8 +277,7 @@ def wealth(reference: Window, current: Window, topics: int) -> dict[str, Array]:
 
     What stands after a message never depends on later ones, so the same call an hour later goes on where this one ended.
     """
-    edges = np.nanquantile(reference.words, np.arange(0.1, 1, 0.1)) if not np.isnan(reference.words).all() else np.zeros(9)
-    lengths = _binned(reference.words, edges), _binned(current.words, edges)
+    lengths = _binned(reference.words), _binned(current.words)
     paths: dict[str, list[Array]] = {name: [] for name in WATCHED}
     begin = turn = 0
     while begin < len(current):
@@ -285,7 +286,7 @@ def wealth(reference: Window, current: Window, topics: int) -> dict[str, Array]:
         payoffs = {
             "meaning": betting.bet_on_meaning(current.meaning[part], reference.meaning, dealt),
             "topic": betting.bet_on_categories(current.topic[part], reference.topic, dealt, topics),
-            "length": betting.bet_on_categories(lengths[1][part], lengths[0], dealt, len(edges) + 1),
+            "length": betting.bet_on_categories(lengths[1][part], lengths[0], dealt, len(LENGTHS) + 1),
         }
         for name in ("distance", "score", "answered", "refused"):
             payoffs[name] = betting.bet_on_mean(getattr(current, name)[part], getattr(reference, name), dealt)
@@ -325,7 +326,7 @@ def discrepancy(before: Array, now: Array, permutations: int = PERMUTATIONS, see
     return float(found[0]), float((found >= found[0]).mean())  # the labels as they are count as one of the relabellings
 
 
-def _test(name: str, evidence: float, alarm: bool, reference: Window, current: Window, topics: Sequence[str]) -> Test:
+def _test(name: str, evidence: float, alarm: bool, reference: Window, current: Window, topics: Sequence[str]) -> Finding:
     """The measure of how much changed, in words a person who runs the product understands."""
     before = now = amount = chance = None
     watched = WATCHED[name]
@@ -342,11 +343,10 @@ def _test(name: str, evidence: float, alarm: bool, reference: Window, current: W
         values = "words" if name == "length" else name
         before, now = (_mean(getattr(window, values)) for window in (reference, current))
         if name == "length":
-            edges = np.nanquantile(reference.words, np.arange(0.1, 1, 0.1)) if before is not None else np.zeros(9)
-            amount, chance = stability_index(_binned(reference.words, edges), _binned(current.words, edges), len(edges) + 1)
+            amount, chance = stability_index(_binned(reference.words), _binned(current.words), len(LENGTHS) + 1)
         shown = "not known" if before is None or now is None else _moved(name, before, now)
         says = f"{watched} ({shown}{f'; stability index {amount:.2f}; {_chance(chance)}' if amount is not None else ''})"
-    return Test(name, evidence, alarm, before, now, amount, chance, says)
+    return Finding(name, evidence, alarm, before, now, amount, chance, says)
 
 
 def _moved(name: str, before: float, now: float) -> str:
@@ -366,9 +366,9 @@ def _mean(values: Array) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def _binned(words: Array, edges: Array) -> Array:
-    """The tenth of the reference's lengths each one falls into; -1 where there is none."""
-    return np.where(np.isnan(words), -1, np.searchsorted(edges, np.nan_to_num(words), side="left"))
+def _binned(words: Array) -> Array:
+    """The class of lengths of each message; -1 where its text is not known."""
+    return np.where(np.isnan(words), -1, np.searchsorted(LENGTHS, np.nan_to_num(words)))
 
 
 def _seconds(time: str) -> float:
