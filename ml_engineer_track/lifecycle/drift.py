@@ -244,9 +244,8 @@ class Lens:
 def compare(reference: Window, current: Window, topics: Sequence[str], alpha: float = ALPHA) -> Verdict:
     """Whether `current` is still like `reference`. Both in the order of time, `current` from the beginning of its round."""
     n, m = len(reference), len(current)
-    if min(n, m) < FEWEST:
-        said = f"{n} messages to compare with and {m} now, of each at least {FEWEST} are needed: nothing was compared"
-        return Verdict(None, f"Too little data: {said}.", reference=n, current=m)
+    if few := too_little(n, m):
+        return few
     reference = reference.take(np.linspace(0, n - 1, min(n, MOST)).astype(int))
     paths = wealth(reference, current, len(topics))
     mean = np.mean([np.exp(path) for path in paths.values()], axis=0)
@@ -270,6 +269,15 @@ def compare(reference: Window, current: Window, topics: Sequence[str], alpha: fl
             f"{best.evidence:,.0f}; an alarm needs more than {1 / alpha:,.0f})."
         )
     return Verdict(drifted, sentence, tests, float(mean.max()), since, n, m)
+
+
+def too_little(reference: int, current: int) -> Verdict | None:
+    """The verdict on windows of so many messages when they are too few to say anything; None when they are enough."""
+    if min(reference, current) >= FEWEST:
+        return None
+    counts = f"{reference:,} messages to compare with and {current:,} now"
+    sentence = f"Too little data: {counts}, of each at least {FEWEST} are needed: nothing was compared."
+    return Verdict(None, sentence, reference=reference, current=current)
 
 
 def wealth(reference: Window, current: Window, topics: int) -> dict[str, Array]:
@@ -337,7 +345,9 @@ def _test(name: str, evidence: float, alarm: bool, reference: Window, current: W
         amount, chance = stability_index(reference.topic, current.topic, len(topics))
         old, new = (np.bincount(rows[rows >= 0], minlength=len(topics)) / len(rows) for rows in (reference.topic, current.topic))
         most = int(np.abs(new - old).argmax())
-        moved = f"most in {topics[most]!r}, {old[most]:.0%} before, {new[most]:.0%} now"
+        moved = (
+            f"most in {topics[most]!r}, {old[most]:.0%} before, {new[most]:.0%} now" if old.any() and new.any() else "not known"
+        )
         says = f"{watched} ({moved}; stability index {amount:.2f}; {_chance(chance)})"
     else:
         values = "words" if name == "length" else name
@@ -393,9 +403,7 @@ def lens_for(settings: Settings) -> Lens:
 def check(settings: Settings, since: float) -> Verdict:
     """What was recorded from `since` on, beside the four weeks before it."""
     reference, current = split(collected(settings.artifacts), since)
-    if min(len(reference), len(current)) < FEWEST:  # nothing is loaded to say so
-        empty = np.zeros(0)
-        few, now = (Window(np.zeros(len(s)), *[empty] * 7) for s in (reference, current))
-        return compare(few, now, [])
+    if few := too_little(len(reference), len(current)):  # nothing needs to be loaded to say so
+        return few
     lens = lens_for(settings)
     return compare(lens(reference), lens(current), lens.topics)

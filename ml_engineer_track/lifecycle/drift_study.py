@@ -43,7 +43,7 @@ from shared.settings import Settings
 
 HOUR, WEEK = 3_600.0, 7 * 24 * 3_600.0
 PER_HOUR = 8  # messages, on average; three times as many by day as by night
-QUIET_WEEKS, RUNS = 300, 40
+QUIET_WEEKS, RUNS = 600, 60
 WATCHED_WEEKS = 3
 #: the model of what comes of a message: a poor answer is a refusal in REFUSED of cases, else one with a low score
 POOR, DECAYED, DECAY_DAYS = 0.10, 0.35, 14
