@@ -19,7 +19,7 @@ from shared.chat import Verdict as JudgeVerdict
 from shared.feedback import Feedback, FeedbackStore, TurnSummary
 from shared.library import DATASETS, OtherLanguage, load_library, read_rows
 from shared.outcomes import Outcome, OutcomeStore
-from shared.settings import Settings
+from shared.settings import load_settings
 from tests.ml_engineer_track.conftest import WordVectors
 
 DAY = 86_400.0
@@ -233,15 +233,14 @@ def test_the_command_says_in_one_line_that_there_is_too_little(
 # --- the study -------------------------------------------------------------------------------------------------------
 
 
-def test_the_study_counts_false_alarms_and_delays(
-    small_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_study_counts_false_alarms_and_delays(small_datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift_study, "embedder", WordVectors)
     monkeypatch.setattr(drift_study, "PER_HOUR", 3)
     monkeypatch.setattr(drift_study, "WATCHED_WEEKS", 1)
-    datasets = shutil.copytree(small_settings.datasets, tmp_path / "datasets")
+    monkeypatch.setitem(drift_study.SCENARIOS, "new language", ("half of the messages in other languages", 0.5))
+    datasets = shutil.copytree(small_datasets, tmp_path / "datasets")
     shutil.copy(DATASETS / "other_languages.jsonl", datasets)
-    settings = small_settings.model_copy(update={"artifacts": tmp_path / "artifacts", "datasets": datasets})
+    settings = load_settings("smoke", artifacts=tmp_path / "artifacts", datasets=datasets)
     page = drift_study.run(settings, runs=3, weeks=4)
     found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     assert found["false_alarm_weeks"]["n"] == 4
@@ -264,5 +263,5 @@ def test_a_stream_changes_at_its_onset_and_not_before() -> None:
     assert (np.diff(made.time) >= 0).all()
     decayed = drift_study.stream(pool, "slow decay", 0.0, 3, np.random.default_rng(1))
     late, early = decayed.time > 15 * 86_400, decayed.time < 0
-    assert np.nanmean(decayed.score[late]) < np.nanmean(decayed.score[early]) - 0.1
+    assert np.nanmean(decayed.score[late]) < np.nanmean(decayed.score[early]) - 0.05
     assert decayed.refused[late].mean() > 2 * decayed.refused[early].mean()
