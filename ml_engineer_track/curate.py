@@ -139,7 +139,7 @@ def curate(settings: Settings, ranker: Ranker) -> CuratedData:
             raise UserError(
                 f"no {split} rows are left after curation", str(settings.datasets), "Raise max_prompt_tokens, or add rows"
             )
-    return _write(rows, quarantine, settings.artifacts / "data", datasets_version(settings.datasets))
+    return write_version(rows, quarantine, settings.artifacts / "data", datasets_version(settings.datasets))
 
 
 def load_curated(folder: Path) -> CuratedData:
@@ -321,7 +321,7 @@ def _clarify_row(case: lib.Case, copy: int, pool: _Pool, rng: random.Random) -> 
 def _judge_row(
     label: lib.JudgeLabel, copy: int, pool: _Pool, mark: str = "", answer: str = "", verdict: chat.Verdict | None = None
 ) -> Row:
-    sources = _sources(pool.library, label.passages)
+    sources = sources_of(pool.library, label.passages)
     verdict = verdict or chat.Verdict(grounded=label.grounded, safe=label.safe, helpful=label.helpful)
     return Row(
         id=f"{label.id}{mark}#j{copy}", split=pool.split, skill="judge", sources=label.passages,
@@ -404,7 +404,7 @@ def _spread(rows: list[Row], limit: int) -> list[Row]:
     return kept
 
 
-def _write(
+def write_version(
     rows: dict[lib.Split, list[Row]], quarantine: list[dict[str, Any]], parent: Path, datasets: str | None = None
 ) -> CuratedData:
     counts = {split: dict(Counter(r.skill for r in rows[split])) for split in lib.SPLITS}
@@ -435,7 +435,8 @@ def _section(pool: _Pool, key: str) -> list[chat.Source]:
     return section_sources(pool.library.leaflets[slug], name)
 
 
-def _sources(library: lib.Library, ids: Sequence[str]) -> list[chat.Source]:
+def sources_of(library: lib.Library, ids: Sequence[str]) -> list[chat.Source]:
+    """Sentences by id, with the headings they are shown under. KeyError for one that does not exist."""
     found = []
     for sid in ids:
         slug, name, _ = sid.split("/")

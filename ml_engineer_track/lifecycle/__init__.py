@@ -1,1 +1,1 @@
-"""What happens to a model after it was published: is it still right for what people ask, and what replaces it?"""
+"""The loop: what the product got wrong becomes the next model, or a reason why not."""
