@@ -187,7 +187,7 @@ def test_the_sources_stand_in_the_order_the_product_shows_them_in(
     questions = [row.messages[0]["content"].split("\n\nQuestion: ")[-1] for row in rows]
     order = ServedOrder(library, list(dict.fromkeys(questions)), RANKER, WordVectors().embed)
     for row, question in zip(rows, questions, strict=True):
-        sources = c._sources(library, row.sources)
+        sources = c.sources_of(library, row.sources)
         assert order(question, sources) == sources  # nothing left to move
     firsts = [row.gold[0] for row in rows if row.gold]
     assert firsts.count(1) > len(firsts) / 4  # among eight sources
@@ -256,7 +256,7 @@ def test_every_reply_of_a_conversation_quotes_the_annotated_sentences_or_none_of
     library = lib.load_library(mini_datasets)
     replies = []
     for row in talks(curate(make_settings(curate={**TALKATIVE, "copies": 12}), RANKER)):
-        sources = c._sources(library, row.sources)
+        sources = c.sources_of(library, row.sources)
         for question, reply in turns(row):
             wanted = asked[question]
             if set(wanted) <= set(row.sources):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ml_engineer_track import __main__ as cli
 from ml_engineer_track.lifecycle import drift as d
 from ml_engineer_track.lifecycle import drift_study
 from ml_engineer_track.lifecycle.drift import Lens, Seen, Verdict, Window
+from shared import outcomes
 from shared.chat import Verdict as JudgeVerdict
 from shared.feedback import Feedback, FeedbackStore, TurnSummary
 from shared.library import DATASETS, OtherLanguage, load_library, read_rows
@@ -228,6 +229,29 @@ def test_the_command_says_in_one_line_that_there_is_too_little(
     monkeypatch.setattr("sys.argv", ["ml_engineer_track", "drift", "--since", "yesterday"])
     assert cli.main() == 2
     assert "is no date" in capsys.readouterr().err
+
+
+def test_the_command_prints_the_verdict_and_what_it_is_based_on(
+    tmp_path: Path, mini_datasets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = datetime(2026, 11, 23, tzinfo=UTC)
+    lines = [
+        outcome(
+            f"a-{n}", kind="answer" if n < 400 or n % 2 else "not_answered", time=(begin + timedelta(hours=n - 400)).isoformat()
+        )
+        for n in range(600)
+    ]
+    (tmp_path / "feedback").mkdir()
+    (tmp_path / "feedback" / outcomes.FILE).write_text("".join(f"{line.model_dump_json()}\n" for line in lines), encoding="utf-8")
+    monkeypatch.setenv("ARTIFACTS", str(tmp_path))
+    monkeypatch.setenv("DATASETS", str(mini_datasets))
+    monkeypatch.setattr(d, "embedder", WordVectors)
+    monkeypatch.setattr("sys.argv", ["ml_engineer_track", "drift", "--since", "2026-11-23"])
+    assert cli.main() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("Something changed: the share ")
+    assert "the share refused (0.0% before, 50.0% now)" in said[0]
+    assert len(said) == 1 + len(d.WATCHED)
 
 
 # --- the study -------------------------------------------------------------------------------------------------------
