@@ -220,6 +220,34 @@ def pretrain(
 
 
 @app.command()
+def drift(
+    since: Annotated[str | None, typer.Option(help="date (and time, UTC) the current window begins (default: Monday)")] = None,
+) -> None:
+    """Is what people ask, and how well it is answered, still what it was in the four weeks before?"""
+    import time
+    from datetime import UTC, datetime
+
+    from ml_engineer_track.lifecycle import drift as d
+
+    try:
+        begin = datetime.fromisoformat(since).replace(tzinfo=UTC).timestamp() if since else d.monday(time.time())
+    except ValueError:
+        raise UserError(f"{since!r} is no date", "--since", "Write it like 2026-11-23 or 2026-11-23T14:00") from None
+    verdict = d.check(load_settings(), begin)
+    print(verdict.sentence)
+    for test in sorted(verdict.tests, key=lambda t: -t.evidence):
+        print(f"  {test.evidence:12,.1f}  {test.says}")
+
+
+@app.command(name="drift-study")
+def drift_study() -> None:
+    """How often the watch for drift cries wolf, and how soon it finds a change that was put there."""
+    from ml_engineer_track.lifecycle import drift_study as s
+
+    s.run(load_settings())
+
+
+@app.command()
 def kernels() -> None:
     """Our Triton kernels: right on this device? On a GPU also how fast, beside bitsandbytes and bf16."""
     from ml_engineer_track.kernels import benchmark as b

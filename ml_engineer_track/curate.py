@@ -39,6 +39,7 @@ from shared.files import need_disk, read_jsonl, sha256_tree, write_json, write_j
 from shared.passages import StoredVectors, embedder
 from shared.ranking import Ranker
 from shared.settings import Settings
+from shared.versions import datasets_version
 
 #: Times a harmful request is shown in training, each time with other leaflets: few rows, and the gravest mistakes.
 HARMFUL_SHOWN = 3
@@ -48,7 +49,8 @@ Skill = Literal["answer", "decide", "clarify", "judge"]
 class Row(BaseModel):
     """One training or test example. `sources` are sentence ids in prompt order; `gold` the numbers (from 1) to quote.
 
-    `messages` may hold earlier turns; the assistant's are replies to learn, like the last one.
+    `messages` may hold earlier turns; the assistant's are replies to learn, like the last one. `made_from` are the ids of the
+    rows of `datasets/` it was made of; empty in data versions that were written before ids were kept.
     """
 
     id: str
@@ -58,16 +60,21 @@ class Row(BaseModel):
     reply: str
     sources: list[str] = []
     gold: list[int] = []
+    made_from: list[str] = []
 
 
 @dataclass(frozen=True)
 class CuratedData:
-    """A data version on disk: `train.jsonl`, `validation.jsonl`, `test.jsonl`, `quarantine.jsonl`, `report.json`."""
+    """A data version on disk: `train.jsonl`, `validation.jsonl`, `test.jsonl`, `quarantine.jsonl`, `report.json`.
+
+    `datasets` names the data folder it was made of (`shared/versions.py`); None in versions from before that was kept.
+    """
 
     version: str
     folder: Path
     counts: dict[str, dict[str, int]]
     dropped: dict[str, int]
+    datasets: str | None = None
 
     def rows(self, split: lib.Split, skill: Skill | None = None) -> list[Row]:
         rows = [Row.model_validate(r) for r in read_jsonl(self.folder / f"{split}.jsonl")]
@@ -132,7 +139,7 @@ def curate(settings: Settings, ranker: Ranker) -> CuratedData:
             raise UserError(
                 f"no {split} rows are left after curation", str(settings.datasets), "Raise max_prompt_tokens, or add rows"
             )
-    return write_version(rows, quarantine, settings.artifacts / "data")
+    return write_version(rows, quarantine, settings.artifacts / "data", datasets_version(settings.datasets))
 
 
 def load_curated(folder: Path) -> CuratedData:
@@ -141,7 +148,7 @@ def load_curated(folder: Path) -> CuratedData:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         raise UserError("not a curated data version", str(folder), "Run `python -m ml_engineer_track curate`") from None
-    return CuratedData(folder.name, folder, report["counts"], report["dropped"])
+    return CuratedData(folder.name, folder, report["counts"], report["dropped"], report.get("datasets"))
 
 
 def section_sources(leaflet: lib.Leaflet, section: str) -> list[chat.Source]:
@@ -219,7 +226,7 @@ def _answer_row(question: lib.Question, copy: int, pool: _Pool, rng: random.Rand
     return Row(
         id=f"{question.id}#{copy}", split=pool.split, skill="answer",
         messages=chat.answer_messages(question.question, sources), reply=chat.answer_text(gold, sources),
-        sources=[s.id for s in sources], gold=gold,
+        sources=[s.id for s in sources], gold=gold, made_from=[question.id],
     )  # fmt: skip
 
 
@@ -261,22 +268,23 @@ def _conversation(
         passages.append(section_sources(leaf, sections.pop()))
     shown = [s for passage in passages for s in passage][:limit]
     ids = {s.id for s in shown}
-    picked = []
+    picked: list[tuple[lib.Question, list[str]]] = []
     for question in rng.sample(list(asked), len(asked)):
         gold = [sid for sid in question.answer_sentences if sid in ids]
         if len(gold) == len(question.answer_sentences) or (not gold and rng.random() < 0.01):
-            picked.append((question.question, gold))
+            picked.append((question, gold))
     picked = picked[: settings.curate.conversation_turns]
     if len(picked) < 2:
         return None
-    sources = pool.order(picked[0][0], shown)
+    sources = pool.order(picked[0][0].question, shown)
     numbers = {s.id: n for n, s in enumerate(sources, start=1)}
-    turns = [(question_text, chat.answer_text([numbers[sid] for sid in gold], sources)) for question_text, gold in picked]
+    turns = [(q.question, chat.answer_text([numbers[sid] for sid in gold], sources)) for q, gold in picked]
     messages = chat.answer_messages(turns[0][0], sources)
     for (_, said), (question_text, _) in pairwise(turns):
         messages += [{"role": "assistant", "content": said}, chat.follow_up(question_text)]
     return Row(
-        id=row_id, split="train", skill="answer", messages=messages, reply=turns[-1][1], sources=[s.id for s in sources]
+        id=row_id, split="train", skill="answer", messages=messages, reply=turns[-1][1], sources=[s.id for s in sources],
+        made_from=[q.id for q, _ in picked],
     )  # fmt: skip
 
 
@@ -290,6 +298,7 @@ def _decide_row(
     return Row(
         id=f"{row_id}#d{copy}", split=pool.split, skill="decide",
         messages=chat.decide_messages(message, titles), reply=chat.to_json(chat.Decision(action=action)),
+        made_from=[row_id],
     )  # fmt: skip
 
 
@@ -305,15 +314,19 @@ def _clarify_row(case: lib.Case, copy: int, pool: _Pool, rng: random.Random) -> 
     return Row(
         id=f"{case.id}#c{copy}", split=pool.split, skill="clarify",
         messages=chat.clarify_messages(case.opening, feature, values), reply=chat.clarify_text(feature, values),
+        made_from=[case.id],
     )  # fmt: skip
 
 
-def _judge_row(label: lib.JudgeLabel, copy: int, pool: _Pool, answer: str = "", verdict: chat.Verdict | None = None) -> Row:
+def _judge_row(
+    label: lib.JudgeLabel, copy: int, pool: _Pool, mark: str = "", answer: str = "", verdict: chat.Verdict | None = None
+) -> Row:
     sources = sources_of(pool.library, label.passages)
     verdict = verdict or chat.Verdict(grounded=label.grounded, safe=label.safe, helpful=label.helpful)
     return Row(
-        id=f"{label.id}#j{copy}", split=pool.split, skill="judge", sources=label.passages,
+        id=f"{label.id}{mark}#j{copy}", split=pool.split, skill="judge", sources=label.passages,
         messages=chat.judge_messages(label.question, sources, answer or label.answer), reply=chat.to_json(verdict),
+        made_from=[label.id],
     )  # fmt: skip
 
 
@@ -321,7 +334,7 @@ def _changed_judge_rows(label: lib.JudgeLabel, copy: int, pool: _Pool, rng: rand
     """From an answer people called grounded, one with a fact changed: never grounded, and no longer of much help."""
     if label.grounded and label.helpful >= 4 and (changed := change_fact(label.answer, rng)):
         verdict = chat.Verdict(grounded=False, safe=label.safe, helpful=2)
-        yield _judge_row(label.model_copy(update={"id": f"{label.id}x"}), copy, pool, changed, verdict)
+        yield _judge_row(label, copy, pool, "x", changed, verdict)
 
 
 # --- cleaning --------------------------------------------------------------------------------------------------------
@@ -391,7 +404,9 @@ def _spread(rows: list[Row], limit: int) -> list[Row]:
     return kept
 
 
-def write_version(rows: dict[lib.Split, list[Row]], quarantine: list[dict[str, Any]], parent: Path) -> CuratedData:
+def write_version(
+    rows: dict[lib.Split, list[Row]], quarantine: list[dict[str, Any]], parent: Path, datasets: str | None = None
+) -> CuratedData:
     counts = {split: dict(Counter(r.skill for r in rows[split])) for split in lib.SPLITS}
     dropped = dict(Counter(str(q["reason"]).split(":")[0] for q in quarantine))
     aside = parent / "curating.part"
@@ -401,7 +416,7 @@ def write_version(rows: dict[lib.Split, list[Row]], quarantine: list[dict[str, A
         write_jsonl(aside / f"{split}.jsonl", (r.model_dump() for r in rows[split]))
     version = f"d-{sha256_tree([aside])[:12]}"
     write_jsonl(aside / "quarantine.jsonl", quarantine)
-    write_json(aside / "report.json", {"version": version, "counts": counts, "dropped": dropped})
+    write_json(aside / "report.json", {"version": version, "datasets": datasets, "counts": counts, "dropped": dropped})
     final = parent / version
     if final.exists():  # the same rows; what was dropped on the way to them may differ
         for name in ("quarantine.jsonl", "report.json"):
@@ -409,7 +424,7 @@ def write_version(rows: dict[lib.Split, list[Row]], quarantine: list[dict[str, A
         shutil.rmtree(aside)
     else:
         aside.rename(final)
-    return CuratedData(version, final, counts, dropped)
+    return CuratedData(version, final, counts, dropped, datasets)
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------

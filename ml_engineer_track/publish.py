@@ -84,7 +84,7 @@ def publish(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=commit(),
         base_model=base_info(settings),
-        data=handoff.DataInfo(version=data.version, counts=data.counts),
+        data=handoff.DataInfo(version=data.version, counts=data.counts, datasets=data.datasets),
         training={**settings.finetune.model_dump(), "steps": tuned.steps, "validation_loss": tuned.best_validation_loss},
         seed=settings.seed,
         prompt_version=PROMPT_VERSION,

@@ -61,8 +61,11 @@ class BaseModelInfo(_Strict):
 
 
 class DataInfo(_Strict):
+    """The curated set a version was trained on, and the data folder that was made of (None: published before it was kept)."""
+
     version: str
     counts: dict[str, dict[str, int]]
+    datasets: str | None = None
 
 
 class Variant(_Strict):

@@ -123,6 +123,14 @@ class JudgeLabel(Row):
     note: str
 
 
+class OtherLanguage(Row):
+    """A question in another language than the library's, and what it says. Only the drift study reads these."""
+
+    language: str
+    question: str = Field(min_length=3)
+    english: str
+
+
 #: file name -> row type; also the list of files a data set consists of
 ROW_FILES: dict[str, type[Row]] = {
     "questions.jsonl": Question,
@@ -131,6 +139,8 @@ ROW_FILES: dict[str, type[Row]] = {
     "harmful.jsonl": Harmful,
     "judge_labels.jsonl": JudgeLabel,
 }
+#: the same for files that a data set may be without
+OPTIONAL_ROW_FILES: dict[str, type[Row]] = {"other_languages.jsonl": OtherLanguage}
 R = TypeVar("R", bound=Row)
 
 
@@ -314,7 +324,8 @@ def check(datasets: Path = DATASETS, only: str = "") -> list[str]:
     ]
     found += [f"health_library: {problem}" for problem in family_problems(library)]
     seen: Counter[str] = Counter()
-    for file, kind in ROW_FILES.items():
+    optional = {file: kind for file, kind in OPTIONAL_ROW_FILES.items() if (datasets / file).exists()}
+    for file, kind in (ROW_FILES | optional).items():
         rows, bad = read_rows(datasets, file, kind)
         found += [f"{b.file}:{b.line}: {b.reason}" for b in bad]
         for row in rows:

@@ -32,6 +32,7 @@ SLOW = (
     "ml_engineer_track run",
     "ml_engineer_track evaluate",
     "ml_engineer_track benchmark",
+    "ml_engineer_track drift-study",
     "handoff verify",
     *(f"ai_engineer_track {name}" for name in ("run", "ingest", "search", "measure", "calibrate")),
 )

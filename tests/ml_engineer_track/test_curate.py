@@ -23,6 +23,7 @@ from shared.errors import UserError
 from shared.files import read_jsonl
 from shared.library import SPLITS, Library
 from shared.settings import Settings
+from shared.versions import datasets_version
 from tests.ml_engineer_track.conftest import RANKER, WordVectors
 
 MakeSettings = Callable[..., Settings]
@@ -53,6 +54,32 @@ def talks(data: CuratedData, split: lib.Split = "train") -> list[Row]:
 
 def ids(data: CuratedData, split: lib.Split) -> set[str]:
     return {row.id.split("#")[0] for row in data.rows(split)}
+
+
+# --- where the rows come from ----------------------------------------------------------------------------------------
+
+
+def test_every_row_says_which_rows_of_the_data_it_was_made_of(small_data: CuratedData, small_datasets: Path) -> None:
+    known = {row.id: row for file, kind in lib.ROW_FILES.items() for row in lib.read_rows(small_datasets, file, kind)[0]}
+    for split in SPLITS:
+        for row in small_data.rows(split):
+            assert row.made_from, row.id
+            assert {known[origin].split for origin in row.made_from} == {split}
+            if len(row.messages) == 1:
+                assert len(row.made_from) == 1
+                assert row.id.split("#")[0].removesuffix("x") == row.made_from[0]
+    for row in talks(small_data):
+        asked = [m["content"].rsplit("Question: ", 1)[1] for m in row.messages if m["role"] == "user"]
+        assert [" ".join(known[origin].question.split()) for origin in row.made_from] == asked
+
+
+def test_a_data_version_names_the_data_folder_it_was_made_of(
+    small_data: CuratedData, small_datasets: Path, tmp_path: Path
+) -> None:
+    assert small_data.datasets == datasets_version(small_datasets)
+    assert c.load_curated(small_data.folder).datasets == small_data.datasets
+    (tmp_path / "report.json").write_text('{"version": "d-1", "counts": {}, "dropped": {}}', encoding="utf-8")
+    assert c.load_curated(tmp_path).datasets is None  # written before it was kept
 
 
 # --- what the rows show ----------------------------------------------------------------------------------------------
@@ -160,7 +187,7 @@ def test_the_sources_stand_in_the_order_the_product_shows_them_in(
     questions = [row.messages[0]["content"].split("\n\nQuestion: ")[-1] for row in rows]
     order = ServedOrder(library, list(dict.fromkeys(questions)), RANKER, WordVectors().embed)
     for row, question in zip(rows, questions, strict=True):
-        sources = c._sources(library, row.sources)
+        sources = c.sources_of(library, row.sources)
         assert order(question, sources) == sources  # nothing left to move
     firsts = [row.gold[0] for row in rows if row.gold]
     assert firsts.count(1) > len(firsts) / 4  # among eight sources
@@ -229,7 +256,7 @@ def test_every_reply_of_a_conversation_quotes_the_annotated_sentences_or_none_of
     library = lib.load_library(mini_datasets)
     replies = []
     for row in talks(curate(make_settings(curate={**TALKATIVE, "copies": 12}), RANKER)):
-        sources = c._sources(library, row.sources)
+        sources = c.sources_of(library, row.sources)
         for question, reply in turns(row):
             wanted = asked[question]
             if set(wanted) <= set(row.sources):

@@ -68,6 +68,14 @@ def version(models: Path, folders: dict[str, Path]) -> Path:
     return handoff.publish(a_manifest(), folders, models, a_card)
 
 
+def test_a_manifest_from_before_the_data_folder_was_named_is_read(version: Path) -> None:
+    path = version / "manifest.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    del raw["data"]["datasets"]
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    assert handoff.verify(version).data.datasets is None
+
+
 def refusal(check: Callable[[], Any]) -> str:
     with pytest.raises(UserError) as caught:
         check()
