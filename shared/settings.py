@@ -158,7 +158,6 @@ class Loop(_Strict):
 
     every_seconds: float = Field(gt=0)
     enough_labels: int = Field(gt=0)
-    drift_window: int = Field(gt=0)
     oldest_days: float | None = Field(default=None, gt=0)
     label_copies: int = Field(ge=1)
     exam_share: float = Field(gt=0, lt=1)

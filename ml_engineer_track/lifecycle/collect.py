@@ -23,6 +23,7 @@ from shared.handoff import read_manifest
 from shared.labels import Label
 from shared.library import BadRow, Library
 from shared.settings import Loop
+from shared.versions import batch_version
 
 
 class Collected(BaseModel):
@@ -62,7 +63,7 @@ def collect(folder: Path, models: Path, library: Library, options: Loop, tried: 
     examined = [label for label in fit if int(sha256_text(label.id)[:8], 16) / 2**32 < options.exam_share]
     ids = {label.id for label in examined}
     return Collected(
-        id="f-" + sha256_text("\n".join(label.model_dump_json() for label in fit))[:12],
+        id=batch_version(fit),
         taught=[label for label in fit if label.id not in ids],
         examined=examined,
         counts={"feedback": len(records), "labels": len(written), "outcomes": len(answers), "new labels": len(fit)},

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ml_engineer_track.lifecycle import registry, report, tracking
+from ml_engineer_track.lifecycle import drift, registry, report, tracking
 from ml_engineer_track.lifecycle.collect import Collected, collect, reason_to_retrain
 from ml_engineer_track.lifecycle.exam import Exam, Reading, keep, make_exam, read_once, take_exam
 from ml_engineer_track.lifecycle.gate import Check, gate
@@ -83,7 +83,7 @@ def begin(settings: Settings) -> Turn | None:
         print(f"  {note}", flush=True)
     if len(collected.notes) > 10:
         print(f"  and {len(collected.notes) - 10} more", flush=True)
-    reason = reason_to_retrain(collected, current, options)
+    reason = reason_to_retrain(collected, current, options, lambda: _drift(settings))
     if reason is None:
         print(f"loop: nothing to do; {len(collected.labels)} new labels of {options.enough_labels}", flush=True)
         return None
@@ -212,6 +212,12 @@ def feedback(settings: Settings) -> Path:
 
 def folder(settings: Settings) -> Path:
     return settings.artifacts / "loop"
+
+
+def _drift(settings: Settings) -> str | None:
+    """What has changed in what people ask since Monday, in a sentence; None when nothing has, or too little was asked."""
+    found = drift.check(settings, drift.monday(time.time()))
+    return found.sentence if found.drifted else None
 
 
 def _roll_out(settings: Settings, candidate: str, mode: str, share: float) -> None:

@@ -37,8 +37,8 @@ from shared.metrics import Estimate
 from shared.ranking import read_ranker
 from shared.settings import Loop, Settings
 
-#: what a question that came from a label is called in the data
-PREFIX = "fb-"
+#: how the ids of labels begin, and with them those of the rows that were made of labels
+PREFIX = "l-"
 #: of the taught labels, one in so many only tells when to stop
 VALIDATED = 10
 
@@ -50,8 +50,6 @@ class Trained(BaseModel):
     weight_bytes: dict[str, int]
     ranker: str
     data: str
-    data_version: str
-    counts: dict[str, dict[str, int]]
     steps: int
     validation_loss: float
     seconds: float
@@ -65,13 +63,13 @@ def retrain(settings: Settings, current: Path, collected: Collected, before: Seq
     own = settings_of(settings, current, work)
     datasets = grown(settings.datasets, [*before, *collected.taught], work / "datasets")
     ranker = train_ranker(own.model_copy(update={"datasets": datasets}))
-    data = training_rows(own.model_copy(update={"datasets": datasets}), ranker.path, collected.taught, before)
+    kept = settings.artifacts / "data"
+    data = training_rows(own.model_copy(update={"datasets": datasets}), ranker.path, collected.taught, before, kept)
     tuned = finetune(own, data)
     variants: Variants = quantize(own, tuned)
     return Trained(
         folders=variants.folders, weight_bytes=variants.weight_bytes, ranker=ranker.path, data=str(data.folder),
-        data_version=data.version, counts=data.counts, steps=tuned.steps, validation_loss=tuned.best_validation_loss,
-        seconds=tuned.seconds,
+        steps=tuned.steps, validation_loss=tuned.best_validation_loss, seconds=tuned.seconds,
     )  # fmt: skip
 
 
@@ -112,13 +110,15 @@ def question_of(label: Label, library: lib.Library) -> lib.Question | None:
         return None
     slugs = leaflets_of(label, library)
     return lib.Question(
-        id=PREFIX + label.id, split=library.leaflets[slugs[0]].split, question=label.question,
+        id=label.id, split=library.leaflets[slugs[0]].split, question=label.question,
         answerable=label.action == "answer", leaflets=slugs, answer_sentences=label.answer_sentences, register="feedback",
     )  # fmt: skip
 
 
-def training_rows(settings: Settings, ranker: str, taught: Sequence[Label], before: Sequence[Label]) -> c.CuratedData:
-    """A data version of the labels' rows and the replayed ones; its test and validation rows are those of the data sets."""
+def training_rows(
+    settings: Settings, ranker: str, taught: Sequence[Label], before: Sequence[Label], folder: Path
+) -> c.CuratedData:
+    """A data version in `folder`, of the labels' rows and the replayed ones; its test and validation rows are those of the data sets."""
     curated = c.curate(settings, read_ranker(Path(ranker)))
     library = lib.load_library(settings.datasets)
     rng = random.Random(f"{settings.seed}/replay")
@@ -128,7 +128,7 @@ def training_rows(settings: Settings, ranker: str, taught: Sequence[Label], befo
     said = {row.messages[0]["content"].rpartition("Message: ")[2] for row in decisions}
     old = [r for r in rows if not r.id.startswith(PREFIX) and r.messages[0]["content"].rpartition("Message: ")[2] not in said]
     replayed = replay(old, loop_of(settings), rng)
-    held = {PREFIX + label.id for label in taught[::VALIDATED]}
+    held = {label.id for label in taught[::VALIDATED]}
     train = [row for row in new if row.id.split("#")[0] not in held]
     validation = [row.model_copy(update={"split": "validation"}) for row in new if row.id.split("#")[0] in held]
     loss_rows = rng.sample(old_validation := curated.rows("validation"), min(len(old_validation), 160))
@@ -137,7 +137,7 @@ def training_rows(settings: Settings, ranker: str, taught: Sequence[Label], befo
         "validation": [*validation, *loss_rows],
         "test": curated.rows("test"),
     }
-    return c.write_version(chosen, [], settings.artifacts / "data")
+    return c.write_version(chosen, [], folder, curated.datasets)
 
 
 def replay(rows: Sequence[c.Row], options: Loop, rng: random.Random) -> list[c.Row]:
@@ -161,7 +161,7 @@ def decision_rows(label: Label, library: lib.Library, copies: int) -> list[c.Row
     reply = chat.to_json(chat.Decision(action=label.action))
     messages = chat.decide_messages(label.question, list(dict.fromkeys(titles))[:3])
     return [
-        c.Row(id=f"{PREFIX}{label.id}#d{copy}", split="train", skill="decide", messages=messages, reply=reply)
+        c.Row(id=f"{label.id}#d{copy}", split="train", skill="decide", messages=messages, reply=reply, made_from=[label.id])
         for copy in range(copies)
     ]
 
@@ -188,7 +188,7 @@ def publish_candidate(
             "version": f"m-{sha256_text(json.dumps(content, sort_keys=True))[:12]}",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
-            "data": handoff.DataInfo(version=trained.data_version, counts=trained.counts),
+            "data": handoff.DataInfo(version=data.version, counts=data.counts, datasets=data.datasets),
             "training": _training(settings, trained),
             "seed": settings.seed,
             "hardware": fingerprint(),

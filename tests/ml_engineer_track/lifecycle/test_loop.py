@@ -32,8 +32,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, publish_version: Callable[..., Path])
 
     def trained(settings: Settings, current: Path, collected: Any, before: Any, work: Path) -> Trained:
         return Trained(
-            folders={"bf16": "", "q8_0": ""}, weight_bytes={}, ranker="", data="", data_version="d-2", counts={}, steps=1,
-            validation_loss=1.0, seconds=1.0,
+            folders={"bf16": "", "q8_0": ""}, weight_bytes={}, ranker="", data="", steps=1, validation_loss=1.0,
+            seconds=1.0,
         )  # fmt: skip
 
     def candidate(settings: Settings, current: Path, trained: Trained, quality: Any, lineage: handoff.Lineage) -> Path:

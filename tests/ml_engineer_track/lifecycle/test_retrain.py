@@ -55,7 +55,7 @@ def test_a_label_becomes_a_question_and_replaces_the_old_one(
     rows, bad = lib.read_rows(made, "questions.jsonl", lib.Question)
     assert not bad
     assert same.id not in {row.id for row in rows}
-    assert {row.id for row in rows if row.id.startswith(PREFIX)} == {PREFIX + label.id for label in labels}
+    assert {row.id for row in rows if row.id.startswith(PREFIX)} == {label.id for label in labels}
     library = lib.load_library(made)
     assert not [problem for row in rows for problem in lib.row_problems(row, library)]
 
@@ -102,7 +102,7 @@ def test_a_real_turn_of_a_tiny_model(first: Settings, a_label: Callable[..., Lab
     trained, exam = turn.get("trained", Trained), turn.get("exam", Exam)
     rows = c.load_curated(Path(trained.data)).rows("train")
     collected = turn.get("collected", l.Collected)
-    taught, held = ({PREFIX + label.id for label in side} for side in (collected.taught, collected.examined))
+    taught, held = ({label.id for label in side} for side in (collected.taught, collected.examined))
     assert any(row.id.split("#")[0] in taught for row in rows)
     assert not [row for row in rows if row.id.split("#")[0] in held]
     assert not [row for row in rows if any(label.question in json.dumps(row.messages) for label in collected.examined)]
