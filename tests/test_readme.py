@@ -29,6 +29,8 @@ SLOW = (
     "make quantize",
     "make tune",
     "make accounting",
+    "make loop",
+    "ml_engineer_track models",
     "ml_engineer_track run",
     "ml_engineer_track evaluate",
     "ml_engineer_track benchmark",
@@ -51,7 +53,7 @@ def run(command: str, artifacts: Path) -> subprocess.CompletedProcess[str]:
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     # `make` would set up .venv first; these tests already run in an environment that has everything.
     command = re.sub(
-        r"\bmake (ml|ai|distill|quantize|tune|accounting)\b", rf"make \1 VENV={Path(sys.executable).parent.parent}", command
+        r"\bmake (ml|ai|distill|quantize|tune|accounting|loop)\b", rf"make \1 VENV={Path(sys.executable).parent.parent}", command
     )
     return subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 

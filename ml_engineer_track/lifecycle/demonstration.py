@@ -64,7 +64,7 @@ class Split(BaseModel):
 def demonstrate(settings: Settings) -> Path:
     """Both demonstrations; goes on where it was. Returns the path of the report."""
     with only_one(settings):
-        own = settings.model_copy(update={"artifacts": settings.artifacts / "demonstration"})
+        own = settings.with_its_data().model_copy(update={"artifacts": settings.artifacts / "demonstration"})
         split, datasets = prepared(own)
         own = own.model_copy(update={"datasets": datasets})
         shown = Turn(own.artifacts / "shown")

@@ -118,7 +118,7 @@ def question_of(label: Label, library: lib.Library) -> lib.Question | None:
 def training_rows(
     settings: Settings, ranker: str, taught: Sequence[Label], before: Sequence[Label], folder: Path
 ) -> c.CuratedData:
-    """A data version in `folder`, of the labels' rows and the replayed ones; its test and validation rows are those of the data sets."""
+    """A data version in `folder`: the labels' rows and the replayed ones, with the test rows of the data sets."""
     curated = c.curate(settings, read_ranker(Path(ranker)))
     library = lib.load_library(settings.datasets)
     rng = random.Random(f"{settings.seed}/replay")

@@ -19,7 +19,8 @@ def a_manifest(version: str, lineage: Lineage | None = None, variants: tuple[str
         model_id="loop", version=version, created=f"2026-11-23T00:00:{len(version):02d}+00:00", commit=None,
         base_model=BaseModelInfo(id="bundled", licence="Apache-2.0"), data=DataInfo(version="d-1", counts={}), training={},
         seed=7, prompt_version=1, chat_template_sha256="a", tokenizer_sha256="b", context_window=64, stop_tokens=["<|end|>"],
-        stop_token_ids=[1], use={"cpu": "q8_0", "cuda": "bf16"}, hardware={"cpu_info": "a CPU", "n_threads": 2, "gpu_info": None}, lineage=lineage,
+        stop_token_ids=[1], use={"cpu": "q8_0", "cuda": "bf16"}, lineage=lineage,
+        hardware={"cpu_info": "a CPU", "n_threads": 2, "gpu_info": None},
         variants={
             name: Variant(name=name, weight_bytes=9, quality={}, performance={}, files={}, golden=[]) for name in variants
         },
