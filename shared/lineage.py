@@ -252,7 +252,7 @@ def text(found: Lineage) -> str:
         lines.append(f"model      {model.version}, variant {model.variant or 'not recorded'}, published {model.created}")
         lines += [f"           trained on from {parent}" for parent in model.chain[1:]]
         lines.append(f"base       {model.base} ({model.licence})")
-        lines.append(f"training   {', '.join(f'{k} {v}' for k, v in model.training.items())}; seed {model.seed}")
+        lines.append(f"training   {', '.join(f'{k} {v}' for k, v in model.training.items() if v is not None)}; seed {model.seed}")
         lines.append(f"code       commit {model.commit or 'not recorded'}")
         changed = "" if model.datasets in (None, found.library) else f"; the folder is {found.library} by now"
         lines.append(f"data       {model.data}, made of {model.datasets or 'a folder whose version was not recorded'}{changed}")
