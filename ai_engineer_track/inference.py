@@ -50,7 +50,7 @@ def inference_server(settings: AiSettings, port: int | None = None) -> Iterator[
         without = {name: llm.model_copy(update=here) for name, llm in models.items() if llm and not llm.base_url}
         yield settings.model_copy(update=without)
     finally:
-        _stop(process)
+        stop(process)
 
 
 def free_port() -> int:
@@ -87,7 +87,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise UserError(f"the inference server was not ready after {START_SECONDS:.0f} s", str(log), "Read the log")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask it to finish what it is doing, then insist."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
