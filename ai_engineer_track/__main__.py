@@ -11,6 +11,7 @@ import typer
 
 from ai_engineer_track.settings import AiSettings, load_ai_settings
 from shared.commandline import run_app
+from shared.logs import setup_logs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 Preset = Annotated[str | None, typer.Option(help="tiny or smoke (default: PRESET, else tiny)")]
@@ -35,6 +36,7 @@ def serve(preset: Preset = None) -> None:
 
     settings = _settings(preset)
     need_port(settings.api.host, settings.api.port)
+    setup_logs(settings.artifacts / "logs" / "service.jsonl")
     with inference_server(settings) as served:
         bring_up_to_date(served)
         print(f"open http://{served.api.host}:{served.api.port}  (Ctrl-C ends it)", flush=True)

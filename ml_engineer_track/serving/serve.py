@@ -22,6 +22,7 @@ from ml_engineer_track.serving.app import State, create_app
 from ml_engineer_track.serving.catalog import EngineName, Entry, Limits, build, entries, with_adapters, with_kernel
 from ml_engineer_track.serving.speculative import with_draft
 from shared.errors import UserError
+from shared.logs import setup_logs
 
 DRAIN_SECONDS = 10
 #: Connections the system may hold ready for us: a burst of a thousand must not be refused by the kernel.
@@ -42,6 +43,7 @@ def serve(
     if draft:
         found = with_draft(found, draft, artifacts)
     taken = listen(host, port)
+    setup_logs(artifacts / "logs" / "inference.jsonl")
     state = State()
     problems: list[UserError] = []
 
