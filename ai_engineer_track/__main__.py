@@ -26,16 +26,23 @@ def run(preset: Preset = None) -> None:
 
 
 @app.command()
-def serve(preset: Preset = None) -> None:
-    """The service with its web page, until Ctrl-C (make serve)."""
+def serve(
+    preset: Preset = None,
+    unsupervised: Annotated[bool, typer.Option("--unsupervised", help="for systemd and the like: not started again")] = False,
+) -> None:
+    """The service with its web page, until Ctrl-C (make serve). It is started again when it dies."""
     import uvicorn
 
     from ai_engineer_track.api.main import create_app
     from ai_engineer_track.inference import inference_server, need_port
     from ai_engineer_track.ingest import ingest as bring_up_to_date
+    from ai_engineer_track.supervise import supervise
 
     settings = _settings(preset)
     need_port(settings.api.host, settings.api.port)
+    if not unsupervised:
+        chosen = ["--preset", preset] if preset else []
+        raise typer.Exit(supervise([sys.executable, "-m", "ai_engineer_track", "serve", "--unsupervised", *chosen]))
     setup_logs(settings.artifacts / "logs" / "service.jsonl")
     with inference_server(settings) as served:
         bring_up_to_date(served)

@@ -9,6 +9,7 @@ from the cache.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import subprocess
@@ -45,11 +46,15 @@ class Running:
     artifacts: Path
 
     def parts(self) -> dict[str, psutil.Process]:
-        """Its processes that are alive, by what they are: `service` and `inference`."""
-        found = {"service": self.process}
+        """Its processes that are alive, by what they are: `service` and `inference`. The one that was started only watches."""
+        found: dict[str, psutil.Process] = {}
         for child in self.process.children(recursive=True):
-            if "ml_engineer_track" in child.cmdline():
-                found["inference"] = child
+            with contextlib.suppress(psutil.Error):
+                line = child.cmdline()
+                if "ml_engineer_track" in line:
+                    found["inference"] = child
+                elif "--unsupervised" in line:
+                    found["service"] = child
         return found
 
 

@@ -49,9 +49,10 @@ def soak(settings: Settings, minutes: float, rate: float) -> dict[str, Any]:
             "there are not enough different messages", f"--minutes {minutes:g} --rate {rate:g}", f"At most {most:.0f}"
         )
     with running_service(settings.artifacts, "soak") as service, watched(service) as series:
+        first = service.parts()["service"].pid
         with tqdm(total=len(texts), desc="  soak", leave=False) as bar:
             replies = asyncio.run(arrive(service.url, texts, rate, settings.seed, lambda _: bar.update(1)))
-        restarted = service.parts()["service"].pid != service.process.pid
+        restarted = service.parts()["service"].pid != first
     halves = [[r.first_word for r in half if r.first_word] for half in np.array_split(np.array(replies, dtype=object), 2)]
     found = {
         "hardware": fingerprint(), "seed": settings.seed, "minutes": minutes, "rate": rate, "restarted": restarted,
