@@ -133,14 +133,10 @@ class Index:
         total = self._units.count()
         wanted = min(total, 4 * n)
         while True:
+            query: dict[str, Any] = {"query_embeddings": [query_vector.tolist()], "n_results": wanted, "where": where}
             try:
                 with _filter_errors(where):
-                    found = self._units.query(
-                        query_embeddings=[query_vector.tolist()],
-                        n_results=wanted,
-                        where=where,
-                        include=["metadatas", "distances"],
-                    )
+                    found = self._units.query(**query, include=["metadatas", "distances"])
             except UserError:
                 raise
             except Exception as error:  # Chroma raises whatever its database and its Rust bindings stumble over

@@ -1,8 +1,8 @@
 """A SQLite file that was damaged is set aside, and what can still be read of it goes into a new one.
 
-Why: a disk that lies, a copy made while writing, a file somebody truncated: sooner or later a database is malformed. A service that
-then answers everybody with an error until a person comes is the worse half of the damage. The damaged file stays beside the
-new one (`<name>.damaged-<time>`), for whoever wants to recover more.
+Why: a disk that lies, a copy made while writing, a file somebody truncated: sooner or later a database is malformed. A service
+that then answers everybody with an error until a person comes is the worse half of the damage. The damaged file stays beside
+the new one (`<name>.damaged-<time>`), for whoever wants to recover more.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def _salvage(damaged: Path, into: Path) -> int:
     saved = 0
     with contextlib.closing(sqlite3.connect(damaged)) as old, contextlib.closing(sqlite3.connect(into)) as new:
         try:
-            schema = old.execute(
-                "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type = 'index'"
-            ).fetchall()
+            schema = old.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
         except sqlite3.DatabaseError:
             return 0
         for kind, name, sql in schema:

@@ -22,13 +22,10 @@ time.sleep(60)
 
 
 def watch(how: str, log: Path, times: int) -> subprocess.Popen[str]:
-    code = f"import sys; from ai_engineer_track.supervise import supervise; sys.exit(supervise([sys.executable, '-c', {CHILD!r}, {how!r}, {str(log)!r}, '{times}']))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    command = [sys.executable, "-c", CHILD, how, str(log), str(times)]
+    code = f"import sys; from ai_engineer_track.supervise import supervise; sys.exit(supervise({command!r}))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def wait_for(log: Path, lines: int) -> None:
