@@ -9,6 +9,8 @@ Why an AI engineer keeps the opening in one place: the API, the evaluation and t
 from __future__ import annotations
 
 import asyncio
+import logging
+import signal
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,6 +26,9 @@ from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.trace import setup_tracing
 from ai_engineer_track.turn import Event, Turn
 from shared.errors import UserError
+from shared.sqlite import is_damage, mend
+
+log = logging.getLogger(__name__)
 
 
 class Assistant:
@@ -45,6 +50,11 @@ class Assistant:
         try:
             async with lock:
                 return await run_turn(self.agent, session_id, message, on_event)
+        except sqlite3.DatabaseError as error:
+            if is_damage(error):  # opening mends it, so end in good order and be started again (supervise.py)
+                log.error("what is remembered of conversations is damaged; ending")
+                signal.raise_signal(signal.SIGTERM)
+            raise
         finally:
             if not lock.locked():
                 self._turns.pop(session_id, None)
@@ -80,6 +90,7 @@ async def open_assistant(settings: AiSettings) -> AsyncIterator[Assistant]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # what people say here is nobody else's business on this machine
+        await asyncio.to_thread(mend, path)
         async with AsyncSqliteSaver.from_conn_string(str(path)) as saver:
             await saver.setup()
             await saver.conn.execute("PRAGMA secure_delete = ON")

@@ -12,7 +12,7 @@ import asyncio
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,14 +124,16 @@ def service(settings: AiSettings, start_seconds: float = 120.0) -> Iterator[str]
         thread.join(timeout=15)
 
 
-def own_folder(artifacts: Path, name: str) -> Path:
-    """An empty `artifacts/<name>` in which only what was made before it is seen."""
+def own_folder(artifacts: Path, name: str, copied: Sequence[str] = ()) -> Path:
+    """An empty `artifacts/<name>` in which only what was made before it is seen; `copied` folders may be written to."""
     folder = artifacts / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (artifacts / "heads").mkdir(exist_ok=True)
     for name in ("index", "models", "heads", "judge"):
-        if (artifacts / name).exists():
+        if name in copied:
+            shutil.copytree(artifacts / name, folder / name)
+        elif (artifacts / name).exists():
             (folder / name).symlink_to((artifacts / name).resolve(), target_is_directory=True)
     (folder / "vectors.npz").symlink_to((artifacts / "vectors.npz").resolve())
     return folder

@@ -157,6 +157,16 @@ def soak(
     s.show(s.soak(settings, minutes, rate), settings.artifacts / "reports")
 
 
+@app.command()
+def faults(only: Annotated[str, typer.Option(help="comma-separated faults (default: all)")] = "") -> None:
+    """Break one thing after another while twenty people talk to the service. Needs `make ml` and `make ai`."""
+    from benchmarks import faults as f
+    from shared.settings import load_settings
+
+    settings = load_settings("tiny")
+    f.show(f.faults(settings, _words(only)), settings.artifacts / "reports")
+
+
 def use_device(device: str) -> None:
     """Must happen before torch is imported: hides the GPUs when the CPU is asked for."""
     if device not in ("", "cpu", "cuda"):

@@ -81,12 +81,12 @@ class Reply:
 
 
 @contextmanager
-def running_service(artifacts: Path, name: str) -> Iterator[Running]:
+def running_service(artifacts: Path, name: str, copied: Sequence[str] = ()) -> Iterator[Running]:
     """`python -m ai_engineer_track serve` on a free port, with an empty `artifacts/<name>` for all it writes.
 
     UserError when it does not become ready; its log is `artifacts/<name>/service.log`.
     """
-    folder, port = own_folder(artifacts, name), free_port()
+    folder, port = own_folder(artifacts, name, copied), free_port()
     environment = os.environ | {"ARTIFACTS": str(folder), "PORT": str(port), "HOST": "127.0.0.1"}
     environment["RATE_PER_MINUTE"] = str(SUITE_RATE_PER_MINUTE)  # all these people come from one address
     url, log = f"http://127.0.0.1:{port}", folder / "service.log"

@@ -111,7 +111,7 @@ class SessionStore:
         return True
 
     def history(self, session_id: str) -> list[Exchange]:
-        rows = self._run("SELECT body FROM exchanges WHERE session_id = ? ORDER BY created", session_id)
+        rows = self._run("SELECT body FROM exchanges WHERE session_id = ? ORDER BY rowid", session_id)
         return [Exchange.model_validate_json(body) for (body,) in rows]
 
     def exchange(self, answer_id: str, client: str) -> Exchange | None:
