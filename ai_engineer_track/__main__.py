@@ -34,7 +34,7 @@ def serve(
     import uvicorn
 
     from ai_engineer_track.api.main import create_app
-    from ai_engineer_track.inference import inference_server, need_port
+    from ai_engineer_track.inference import Servers, need_port
     from ai_engineer_track.ingest import ingest as bring_up_to_date
     from ai_engineer_track.supervise import supervise
 
@@ -44,10 +44,14 @@ def serve(
         chosen = ["--preset", preset] if preset else []
         raise typer.Exit(supervise([sys.executable, "-m", "ai_engineer_track", "serve", "--unsupervised", *chosen]))
     setup_logs(settings.artifacts / "logs" / "service.jsonl")
-    with inference_server(settings) as served:
-        bring_up_to_date(served)
-        print(f"open http://{served.api.host}:{served.api.port}  (Ctrl-C ends it)", flush=True)
-        uvicorn.run(create_app(served), host=served.api.host, port=served.api.port, log_level="warning", server_header=False)
+    with Servers(settings) as servers:
+        bundled = None if settings.llm.base_url else servers  # somebody else's server is not ours to follow
+        if bundled:
+            bundled.current()
+        bring_up_to_date(settings)
+        print(f"open http://{settings.api.host}:{settings.api.port}  (Ctrl-C ends it)", flush=True)
+        app = create_app(settings, servers=bundled)
+        uvicorn.run(app, host=settings.api.host, port=settings.api.port, log_level="warning", server_header=False)
 
 
 @app.command()

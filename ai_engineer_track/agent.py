@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.types import Command, interrupt
+from langgraph.types import Command, StateSnapshot, interrupt
 
 from ai_engineer_track.llm import Llm
 from ai_engineer_track.roles import Roles
@@ -96,10 +96,7 @@ def follow(state: State) -> str:
 
 def wait(state: State) -> State:
     """Stops until the person replies. Nothing may stand before `interrupt`: the node runs anew when it resumes."""
-    reply = str(interrupt(state["question"]))
-    question = state.get("question") or {}
-    replies = [*state.get("replies", []), {"feature": question.get("feature", ""), "text": reply}]
-    return {"message": reply, "replies": replies, "question": None}
+    return replied(state, str(interrupt(state["question"])))
 
 
 async def run_turn(
@@ -107,19 +104,20 @@ async def run_turn(
     session_id: str,
     message: str,
     on_event: Callable[[Event], None] | None = None,
+    begin: State | None = None,
 ) -> Turn:
     """One message in, one turn out. A message after a question back is its reply; any other begins anew.
 
-    Never raises for a fault of the model or the disk: such a turn is `unavailable` and says so.
+    `begin` (of `beginning`) takes the place of what is kept of the session: the turn can so be gone through again. Never raises
+    for a fault of the model or the disk: such a turn is `unavailable` and says so.
     """
     config: Any = {"configurable": {"thread_id": session_id}}
     with recording(on_event) as recorder:
         try:
-            pending = await agent.aget_state(config)
-            waits = bool(pending.interrupts) and pending.next == ("wait",)
-            given: Any = (
-                Command(resume=message) if waits else {"message": message, "opening": "", "replies": [], "question": None}
-            )
+            given: Any = begin
+            if given is None:
+                pending = await agent.aget_state(config)
+                given = Command(resume=message) if waits(pending) else afresh(message)
             state = await agent.ainvoke(given, config, durability="exit")
         except (sqlite3.Error, OSError) as error:
             log.error("session could not be stored: %s", error)
@@ -143,6 +141,29 @@ async def run_turn(
                 "sign": turn.sign or warning.get("sign"),
             }
         )
+
+
+async def beginning(agent: CompiledStateGraph[Any, Any, Any, Any], session_id: str, message: str) -> State:
+    """What the turn of this message begins with, as a state that any graph can start from: for a second try, or a shadow."""
+    pending = await agent.aget_state({"configurable": {"thread_id": session_id}})
+    state: Any = pending.values
+    kept: Any = {key: state[key] for key in ("opening", "facts", "last") if key in state}
+    return {**kept, **(replied(state, message) if waits(pending) else afresh(message))}
+
+
+def waits(pending: StateSnapshot) -> bool:
+    """Does the session wait for the reply to a question back?"""
+    return bool(pending.interrupts) and pending.next == ("wait",)
+
+
+def afresh(message: str) -> State:
+    return {"message": message, "opening": "", "replies": [], "question": None}
+
+
+def replied(state: State, reply: str) -> State:
+    question = state.get("question") or {}
+    replies = [*state.get("replies", []), {"feature": question.get("feature", ""), "text": reply}]
+    return {"message": reply, "replies": replies, "question": None}
 
 
 async def forget(agent: CompiledStateGraph[Any, Any, Any, Any], session_id: str) -> None:

@@ -12,96 +12,186 @@ import asyncio
 import logging
 import signal
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
-from ai_engineer_track.agent import build_agent, forget, history, run_turn
+from ai_engineer_track.agent import State, beginning, forget, history, run_turn
+from ai_engineer_track.inference import Server, Servers
 from ai_engineer_track.ingest import open_index
 from ai_engineer_track.llm import Llm, LlmNonsense, LlmUnavailable
 from ai_engineer_track.retrieve import Retriever
+from ai_engineer_track.roles import Roles
+from ai_engineer_track.rollout import Arm, Shadows, Watcher, in_share
 from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.trace import setup_tracing
+from ai_engineer_track.turn import Arm as ArmName
 from ai_engineer_track.turn import Event, Turn
 from shared.errors import UserError
+from shared.rollout import Rollout
 from shared.sqlite import is_damage, mend
 
 log = logging.getLogger(__name__)
 
 
 class Assistant:
-    """What answers. Sessions are kept apart; two messages of one session wait for each other."""
+    """What answers. Sessions are kept apart; two messages of one session wait for each other.
 
-    def __init__(self, agent: Any, llm: Llm, judge_llm: Llm, retriever: Any) -> None:
-        self.agent, self.llm, self.judge_llm = agent, llm, judge_llm
-        self.retriever, self.index = retriever, retriever.index
-        self._model = ""
+    `current` answers everybody, but for the sessions that a `candidate` on trial gets (rollout.py).
+    """
+
+    def __init__(self, current: Arm) -> None:
+        self.current, self.index = current, current.roles.index
+        self.candidate: Arm | None = None
+        self.rollout: Rollout | None = None
+        self.shadows = Shadows(quiet=lambda: not self._answering)
+        self._answering = 0
         self._turns: dict[str, asyncio.Lock] = {}
 
     @property
     def model_version(self) -> str:
-        """The name of the model that answers; empty before it was reached."""
-        return self._model
+        """The model that answers now, as `<published version>:<variant>`; empty before it was reached."""
+        return self.current.llm.known
 
-    async def run_turn(self, session_id: str, message: str, on_event: Callable[[Event], None] | None = None) -> Turn:
+    async def run_turn(
+        self,
+        session_id: str,
+        message: str,
+        on_event: Callable[[Event], None] | None = None,
+        on_shadow: Callable[[Turn, float], None] | None = None,
+    ) -> Turn:
+        """The turn a person gets. `on_shadow` is told, later, what a shadow made of the message and the seconds it took."""
         lock = self._turns.setdefault(session_id, asyncio.Lock())
+        self._answering += 1
         try:
             async with lock:
-                return await run_turn(self.agent, session_id, message, on_event)
+                return await self._turn(session_id, message, on_event, on_shadow)
         except sqlite3.DatabaseError as error:
             if is_damage(error):  # opening mends it, so end in good order and be started again (supervise.py)
                 log.error("what is remembered of conversations is damaged; ending")
                 signal.raise_signal(signal.SIGTERM)
             raise
         finally:
+            self._answering -= 1
             if not lock.locked():
                 self._turns.pop(session_id, None)
 
+    async def _turn(
+        self,
+        session_id: str,
+        message: str,
+        on_event: Callable[[Event], None] | None,
+        on_shadow: Callable[[Turn, float], None] | None,
+    ) -> Turn:
+        current, candidate, rollout = self.current, self.candidate, self.rollout
+        if candidate is None or rollout is None or not in_share(session_id, rollout):
+            with current.at_work():
+                return self._signed(await run_turn(current.agent, session_id, message, on_event), current, "current")
+        with current.at_work(), candidate.at_work():  # the current model judges the candidate's answers, too
+            begin = await beginning(current.agent, session_id, message)
+            if rollout.mode == "canary" and candidate.alive:
+                turn = await run_turn(candidate.agent, session_id, message, on_event)
+                if turn.kind != "unavailable":
+                    return self._signed(turn, candidate, "candidate")
+                log.error("version %s did not answer (%s); the current version does", candidate.version, turn.reason)
+                if on_event is not None:
+                    on_event(Event(type="text", data={"delta": "", "replace": True}))
+                return self._signed(await run_turn(current.agent, session_id, message, on_event, begin), current, "current")
+            turn = await run_turn(current.agent, session_id, message, on_event)
+        if rollout.mode == "shadow" and on_shadow is not None:
+            self.shadows.offer(lambda: self._shadow(candidate, message, begin, on_shadow))
+        return self._signed(turn, current, "current")
+
+    async def _shadow(self, candidate: Arm, message: str, begin: State, on_shadow: Callable[[Turn, float], None]) -> None:
+        if candidate is not self.candidate:  # the trial is over
+            return
+        began = time.perf_counter()
+        with candidate.at_work(), self.current.at_work():
+            turn = await candidate.shadow_turn(message, begin)
+            turn = self._signed(turn, candidate, "candidate")
+        await asyncio.to_thread(on_shadow, turn, time.perf_counter() - began)
+
+    def _signed(self, turn: Turn, arm: Arm, role: ArmName) -> Turn:
+        """The turn with all that is needed to trace it back."""
+        made = {"model_version": arm.llm.known, "index_version": self.index.version, "arm": role}
+        return turn.model_copy(update=made)
+
+    def search(self, query: str, k: int | None = None) -> list[Any]:
+        """The passages that the current version finds."""
+        found: list[Any] = self.current.roles.retriever.search(query, k)
+        return found
+
     async def forget(self, session_id: str) -> None:
         """Delete all that is remembered of a session, on the disk, too: the write-ahead log would keep it for a while."""
-        await forget(self.agent, session_id)
-        await self.agent.checkpointer.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        agent = self.current.agent
+        await forget(agent, session_id)
+        await agent.checkpointer.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[union-attr]
 
     async def history(self, session_id: str) -> dict[str, Any]:
-        return await history(self.agent, session_id)
+        return await history(self.current.agent, session_id)
 
     async def problem(self) -> str | None:
         """Why it cannot answer right now, as one sentence; None when it can."""
+        current = self.current
         try:
-            self._model = await self.llm.model()
-            await self.judge_llm.model()
+            with current.at_work():
+                await current.llm.model()
+                await current.roles.judge_llm.model()
         except (LlmUnavailable, LlmNonsense) as error:
             return f"The language model does not answer: {error}."
         return None
 
 
 @asynccontextmanager
-async def open_assistant(settings: AiSettings) -> AsyncIterator[Assistant]:
-    """Everything opened and, at the end, closed. UserError when the index is missing or the sessions cannot be stored."""
+async def open_assistant(settings: AiSettings, servers: Servers | None = None) -> AsyncIterator[Assistant]:
+    """Everything opened and, at the end, closed. With `servers`, the published versions are served and followed (rollout.py).
+
+    UserError when the index is missing, the sessions cannot be stored, or the current version cannot be served.
+    """
     index = await asyncio.to_thread(open_index, settings)
     retriever = await asyncio.to_thread(Retriever, index, settings)
-    llm = Llm(settings.llm)
-    judge_llm = llm if settings.judge is None else Llm(settings.judge)
-    large = Llm(settings.large) if settings.large else None
+    server = await asyncio.to_thread(servers.current) if servers else None
     path = settings.artifacts / "sessions.sqlite"
     provider = setup_tracing(settings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # what people say here is nobody else's business on this machine
         await asyncio.to_thread(mend, path)
-        async with AsyncSqliteSaver.from_conn_string(str(path)) as saver:
+        async with AsyncSqliteSaver.from_conn_string(str(path)) as saver, AsyncExitStack() as stack:
             await saver.setup()
             await saver.conn.execute("PRAGMA secure_delete = ON")
-            agent = await asyncio.to_thread(build_agent, settings, retriever, llm, judge_llm, saver, large)
-            assistant = Assistant(agent, llm, judge_llm, retriever)
+            made = server.serves(settings) if server else settings
+            llm, judge_llm, large = models_of(made)
+            roles = await asyncio.to_thread(Roles, made, retriever, llm, judge_llm, large)
+            assistant = Assistant(Arm(roles, saver, server))
+            stack.push_async_callback(lambda: assistant.current.close())
             await assistant.problem()  # learns the model's name, if it is up already
+            if servers is not None:
+
+                def make(server: Server) -> Arm:
+                    made = server.serves(settings)
+                    ranked = retriever.with_ranker_of(server.folder)
+                    return Arm(roles.with_model(made, ranked, *models_of(made)), saver, server)
+
+                for work in (Watcher(assistant, servers, make).run(), assistant.shadows.run()):
+                    stack.push_async_callback(ended, asyncio.create_task(work))
             yield assistant
     except (sqlite3.Error, OSError) as error:
         raise UserError(f"sessions cannot be stored ({error})", str(path), "Free disk space, or set ARTIFACTS") from None
     finally:
-        for model in {llm, judge_llm, large or llm}:
-            await model.close()
         await asyncio.to_thread(provider.shutdown)
         index.close()
+
+
+def models_of(settings: AiSettings) -> tuple[Llm, Llm, Llm | None]:
+    """The model that decides and answers, the one that judges, and the larger one where there is one."""
+    llm = Llm(settings.llm)
+    return llm, Llm(settings.judge) if settings.judge else llm, Llm(settings.large) if settings.large else None
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from ai_engineer_track.evidence import Evidence
 from ai_engineer_track.heads import Array, Embed
+from ai_engineer_track.turn import Reply
 from shared import library as lib
 from shared.metrics import Estimate, estimate_mean
 
@@ -34,19 +34,6 @@ KNOWN = 0.6  # how often people can answer a question about a feature of their p
 CANDIDATES = 6  # leaflets that a question is chosen for
 MAX_CHOICES = 4
 ANSWERED = 0.62  # cosine of opening and value above which the person has said it already
-UNKNOWN_REPLY = re.compile(r"\b(don'?t know|dunno|not sure|no idea|can'?t (say|tell)|unsure|no clue|skip)\b", re.IGNORECASE)
-
-
-class Reply(BaseModel):
-    """What the person said when asked about a feature."""
-
-    model_config = ConfigDict(frozen=True)
-    feature: str
-    text: str
-
-    @property
-    def unknown(self) -> bool:
-        return bool(UNKNOWN_REPLY.search(self.text)) or not self.text.strip()
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ async def calibrate(
     middle = float(np.median(lengths)) if lengths else 0.0
     excess = [(words > middle, v.helpful - label.helpful) for words, (label, v) in zip(lengths, rows, strict=True)]
     return Calibration(
-        model=await llm.model(),
+        model=await llm.identity(),
         prompt_version=chat.PROMPT_VERSION,
         rows=len(rows),
         failed=len(labels) - len(rows),

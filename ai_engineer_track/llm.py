@@ -73,6 +73,21 @@ class Llm:
             self._model = names[0]
         return self._model
 
+    @property
+    def known(self) -> str:
+        """What answers, by a name no other weights have: `<published version>:<variant>`, else the model's name.
+
+        Without asking anybody: empty, or the version alone, until the server has said its name.
+        """
+        if self.settings.published is None:
+            return self._model or ""
+        return f"{self.settings.published}:{self._model.rpartition(':')[2]}" if self._model else self.settings.published
+
+    async def identity(self) -> str:
+        """`known`, asked for where it is not. LlmUnavailable when the server does not say."""
+        await self.model()
+        return self.known
+
     async def close(self) -> None:
         """Give the connections back. Nothing can be asked afterwards."""
         await self._client.close()
@@ -103,7 +118,7 @@ class Llm:
         spent_in, spent_out = getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0
         return Reply(
             text=text,
-            model=request["model"],
+            model=self.known,
             prompt_tokens=spent_in,
             completion_tokens=spent_out,
             seconds=time.perf_counter() - began,

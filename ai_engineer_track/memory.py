@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from ai_engineer_track.clarify import Reply
+from ai_engineer_track.turn import Reply
 
 MAX_FACTS = 40
 #: words that lean on what was said before

@@ -12,8 +12,10 @@ Without a ranker in the published model, everything works on `fused`.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -70,6 +72,12 @@ class Retriever:
         self.corpus = Corpus(list(index.passages.values()), index.vectors)
         self.ranker = published_ranker(settings)
         self._place = {passage.id: n for n, passage in enumerate(self.corpus.passages)}
+
+    def with_ranker_of(self, folder: Path) -> Retriever:
+        """The same search with the ranker of another published version. UserError as in `published_ranker`."""
+        other = copy.copy(self)
+        other.ranker = ranker_of(folder)
+        return other
 
     @property
     def default_mode(self) -> Mode:
@@ -180,14 +188,14 @@ class Retriever:
 
 
 def published_ranker(settings: AiSettings) -> Ranker | None:
-    """The ranker of the current model; None when nothing is published, or nothing with a ranker.
-
-    UserError when it is damaged or was trained on another embedding model's vectors.
-    """
+    """The ranker of the current model; None when nothing is published, or nothing with a ranker."""
     models = settings.artifacts / "models"
-    if not (models / "current").exists():
-        return None
-    path = handoff.asset(handoff.current(models), ASSET)
+    return ranker_of(handoff.current(models)) if (models / "current").exists() else None
+
+
+def ranker_of(folder: Path) -> Ranker | None:
+    """The ranker of a version, or None. UserError when it is damaged or was trained on another embedding model's vectors."""
+    path = handoff.asset(folder, ASSET)
     if path is None:
         return None
     ranker = read_ranker(path)

@@ -7,6 +7,7 @@ reads the state, does one thing with the tools of its own file, writes a step in
 from __future__ import annotations
 
 import asyncio
+import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +62,14 @@ class Roles:
         self.interviewer = Interviewer(_leaflets(settings), self.evidence, embed, self.index.embed)
         self.families = {p.document: p.family or "" for p in passages}
         self.cache: AnswerCache | None = None
+        self.caching = True  # False: this model's answers are neither taken from the cache nor put there
+
+    def with_model(self, settings: AiSettings, retriever: Any, llm: Llm, judge_llm: Llm, large: Llm | None = None) -> Roles:
+        """The same roles over another model and its ranker. What was learnt from the library and the rows is shared."""
+        other = copy.copy(self)
+        other.settings, other.caching = settings, False
+        other.retriever, other.router, other.judge_llm, other.cache = retriever, Router(llm, large), judge_llm, None
+        return other
 
     # --- the triage nurse ---------------------------------------------------------------------------------------------
 
@@ -244,7 +253,7 @@ class Roles:
                 written = await write(
                     reading["query"], sources, self.index.passages, self.router, self.settings.answer,
                     may_refuse=reading["refusal"] > SURE,
-                    confidence=1.0 - min(1.0, reading["refusal"]),
+                    confidence=_confidence(reading) or 0.0,
                     on_text=recorder().text,
                 )  # fmt: skip
             except (LlmUnavailable, LlmNonsense) as error:
@@ -267,7 +276,7 @@ class Roles:
         reading = state["reading"]
         written = reading["written"]
         with step("verify", written["text"]) as work:
-            verdict, why = None, None
+            verdict, why, trusted = None, None, set[str]()
             try:
                 judged = await judge(
                     self.judge_llm, reading["query"], [chat.Source(**s) for s in reading["sources"]], written["text"]
@@ -284,12 +293,15 @@ class Roles:
             shown = reading["shown"]
             if why is not None:
                 recorder().text(WITHHELD, replace=True)
-                turn = Turn(kind="not_answered", text=WITHHELD, verdict=verdict, reason=why, **shown)
+                turn = Turn(
+                    kind="not_answered", text=WITHHELD, verdict=verdict, quotes_verified=written["verified"], reason=why, **shown
+                )
             else:
                 turn = Turn(
                     kind="answer", text=written["text"], citations=written["citations"], verdict=verdict,
                     quotes_verified=written["verified"], **{**shown, "leaflet": self._leaflet(state, written)},
                 )  # fmt: skip
+            turn = turn.model_copy(update={"trusted": sorted(trusted), "confidence": _confidence(reading)})
             work.output = work.output or f"{verdict!r}; quotations {'verbatim' if written['verified'] else 'in own words'}"
             family = self.families.get(turn.leaflet or "", "")
             facts = remember([Fact(**f) for f in state.get("facts", [])], [Reply(**r) for r in state.get("replies", [])], family)
@@ -314,7 +326,9 @@ class Roles:
                 text += f" The nearest leaflets are: {'; '.join(titles)}."
             work.output = text
             recorder().text(text, replace=True)
-            turn = Turn(kind="not_answered", text=text, reason=reading.get("reason", ""), **shown)
+            turn = Turn(
+                kind="not_answered", text=text, reason=reading.get("reason", ""), confidence=_confidence(reading), **shown
+            )
             cache = await self._open_cache()
             if cache is not None and "query" in reading:
                 cache.put(reading["query"], self._vector(reading["query"]), turn, reading["personal"])
@@ -328,11 +342,11 @@ class Roles:
 
     async def _open_cache(self) -> AnswerCache | None:
         """Opened on first use: its version names the models, and they say their names only when they are up."""
-        if not self.settings.cache.enabled:
+        if not (self.settings.cache.enabled and self.caching):
             return None
         if self.cache is None:
             try:
-                models = [await self.router.small.model(), await self.judge_llm.model()]
+                models = [await self.router.small.identity(), await self.judge_llm.identity()]
             except (LlmUnavailable, LlmNonsense):
                 return None
             mode = self.settings.answer
@@ -347,6 +361,11 @@ def _show(turn: Turn) -> None:
     recorder().text(turn.text, replace=True)
     for citation in turn.citations:
         recorder().emit(Event(type="citation", data=citation.model_dump()))
+
+
+def _confidence(reading: dict[str, Any]) -> float | None:
+    """How sure it is that the library answers: 0 where it is refused, None where that was not looked at."""
+    return round(1.0 - min(1.0, reading["refusal"]), 4) if "refusal" in reading else None
 
 
 def _end(turn: Turn) -> State:

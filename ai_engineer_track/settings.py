@@ -48,10 +48,14 @@ class _Strict(BaseModel):
 
 
 class LlmSettings(_Strict):
-    """One model behind an OpenAI-compatible API. `base_url` None: the bundled server; `model` None: the one it serves."""
+    """One model behind an OpenAI-compatible API. `base_url` None: the bundled server; `model` None: the one it serves.
+
+    `published` is the version of the artifact behind the address, where the bundled server serves it.
+    """
 
     base_url: str | None = None
     model: str | None = None
+    published: str | None = None
     api_key: SecretStr = SecretStr("")
     timeout_s: float = Field(gt=0)
     retries: int = Field(ge=0)

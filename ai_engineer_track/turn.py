@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.chat import Verdict
+from shared.chat import PROMPT_VERSION, Verdict
 
+#: who answered a person: the current model, or a candidate that is tried on a share of them
+Arm = Literal["current", "candidate"]
 Kind = Literal["answer", "clarify", "escalate", "decline", "not_answered", "unavailable"]
 KINDS: tuple[Kind, ...] = ("answer", "clarify", "escalate", "decline", "not_answered", "unavailable")
+UNKNOWN_REPLY = re.compile(r"\b(don'?t know|dunno|not sure|no idea|can'?t (say|tell)|unsure|no clue|skip)\b", re.IGNORECASE)
 
 
 class _Strict(BaseModel):
@@ -33,6 +37,18 @@ class ClarifyQuestion(_Strict):
     feature: str
     text: str
     choices: list[str]
+
+
+class Reply(BaseModel):
+    """What the person said when asked about a feature."""
+
+    model_config = ConfigDict(frozen=True)
+    feature: str
+    text: str
+
+    @property
+    def unknown(self) -> bool:
+        return bool(UNKNOWN_REPLY.search(self.text)) or not self.text.strip()
 
 
 class Step(_Strict):
@@ -64,6 +80,10 @@ class Turn(_Strict):
     `nearest` the leaflets to read instead when nothing answers. `quotes_verified` is the deterministic check that
     every quoted sentence stands verbatim in the library (None: nothing was quoted); `verdict` is the judge's opinion.
     `warning` stands above the text: what would make this an emergency. `sign` is the sentence it, or an escalation, names.
+    `trusted` are the rubrics in which the judge agreed with people well enough for `verdict` to count. `confidence` (0 to 1)
+    is how sure retrieval was that the library answers (None: it was not asked). `model_version` is
+    `<published version>:<variant>` of what answered, or the name a provider gives its model; `arm` says whether that was a
+    candidate on trial.
     """
 
     kind: Kind
@@ -79,8 +99,14 @@ class Turn(_Strict):
     reason: str = ""
     passages: list[FoundPassage] = []
     trace: list[Step] = []
+    trusted: list[str] = []
+    confidence: float | None = None
     cached: bool = False
     cost: float = 0.0
+    model_version: str = ""
+    index_version: str = ""
+    prompt_version: int = PROMPT_VERSION
+    arm: Arm = "current"
 
 
 class Event(_Strict):

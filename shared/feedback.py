@@ -15,8 +15,6 @@ It catches how people usually give away who they are, not every way: a lower-cas
 from __future__ import annotations
 
 import argparse
-import fcntl
-import os
 import re
 import sys
 import unicodedata
@@ -26,12 +24,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from shared.chat import Verdict
 from shared.errors import UserError
 from shared.files import sha256_text
 from shared.library import BadRow
+from shared.records import RecordStore, read_records
 from shared.settings import ROOT
 
 FOLDER = ROOT / "artifacts" / "feedback"
@@ -78,13 +77,19 @@ class TurnSummary(_Strict):
     cited: list[str] = []
     question: Scrubbed | None = None
     verdict: Verdict | None = None
+    #: what was written and then not shown
+    withheld: Scrubbed | None = None
 
 
 class Feedback(_Strict):
     """One thing to learn from. `answer_id` names the answer, never the person or the conversation.
 
-    `earlier` are the person's messages before `question`, oldest first: without them a clarified case cannot be replayed.
-    `passages` are the ids of what was retrieved, best first.
+    `earlier` are the person's messages before `question`, oldest first, and `replies` what they were told: without them a
+    clarified case cannot be replayed. `opening` is the message that began the problem, where `question` only replies to a
+    question back. `steps` are the parts of the work with what each found, `passages` the ids of what was retrieved, best
+    first. `model_version` is `<published version>:<variant>` of the model that answered, or the name a provider gives its
+    model. `judge_trusted` says whether the judge agreed with people well enough, when it was last measured, for the marks this
+    is about to count; None where it was not asked.
     """
 
     schema_version: Literal[1] = 1
@@ -95,89 +100,28 @@ class Feedback(_Strict):
     id: str = Field(default_factory=lambda made: _record_id(made), max_length=64)
     time: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     question: Scrubbed = Field(max_length=20_000)
+    opening: Scrubbed = Field(default="", max_length=20_000)
     earlier: list[Scrubbed] = []
+    replies: list[Scrubbed] = []
     turn: TurnSummary
+    steps: list[Scrubbed] = []
     passages: list[str]
     model_version: str
     index_version: str
     prompt_version: int
+    judge_trusted: bool | None = None
 
 
-class FeedbackStore:
+class FeedbackStore(RecordStore[Feedback]):
     """Appends to the feedback file of a folder. Several threads and processes may do so at once."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
-        self.path = folder / FILE
-        self._known: set[str] = set()
-        self._known_to = 0
-
-    def add(self, record: Feedback) -> bool:
-        """Append and flush to disk; False when the record is already there.
-
-        A torn last line (power loss) stays alone on its line, to be reported by `read`. UserError when the disk refuses: the
-        file is then as it was before.
-        """
-        line = record.model_dump_json().encode() + b"\n"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX)
-                size = stream.seek(0, os.SEEK_END)
-                self._catch_up(stream.fileno(), size)
-                if record.id in self._known:
-                    return False
-                torn = size > 0 and os.pread(stream.fileno(), 1, size - 1) != b"\n"
-                try:
-                    stream.write(b"\n" + line if torn else line)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                except OSError:
-                    os.truncate(self.path, size)
-                    raise
-        except OSError as error:
-            raise UserError(f"feedback cannot be saved ({error.strerror})", str(self.path), "Free some disk space") from None
-        return True
-
-    def _catch_up(self, descriptor: int, size: int) -> None:
-        """Learn the ids of whole lines that were appended since the last look, by whomever."""
-        if size < self._known_to:  # somebody replaced the file
-            self._known, self._known_to = set(), 0
-        new = os.pread(descriptor, size - self._known_to, self._known_to)
-        whole = new[: new.rfind(b"\n") + 1]
-        self._known_to += len(whole)
-        self._known |= {record.id for record in map(_parse, whole.split(b"\n")) if isinstance(record, Feedback)}
+        super().__init__(folder / FILE, Feedback)
 
 
 def read(folder: Path = FOLDER) -> tuple[list[Feedback], list[BadRow]]:
     """All records in the order they were written, each once, and the lines that are none. No file: two empty lists."""
-    path = folder / FILE
-    records: dict[str, Feedback] = {}
-    bad: list[BadRow] = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], []
-    except OSError as error:
-        raise UserError(f"feedback cannot be read ({error.strerror})", str(path), "Check the file's permissions") from None
-    for number, raw in enumerate(lines, start=1):
-        if raw.strip():
-            record = _parse(raw)
-            if isinstance(record, Feedback):
-                records.setdefault(record.id, record)
-            else:
-                bad.append(BadRow(FILE, number, raw.decode("utf-8", "replace"), record))
-    return list(records.values()), bad
-
-
-def _parse(line: bytes) -> Feedback | str:
-    """The record, or why there is none."""
-    try:
-        return Feedback.model_validate_json(line.decode())
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except ValidationError as error:
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    return read_records(folder / FILE, Feedback)
 
 
 def _record_id(made: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from opentelemetry import trace
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from ai_engineer_track.api.feedback import record_automatically
+from ai_engineer_track.api.feedback import record_automatically, record_outcome
 from ai_engineer_track.api.limits import OUR_FAULT, error_body, log
 from ai_engineer_track.api.service import Service, ServiceDep
 from ai_engineer_track.api.sessions import NO_SUCH, ClientDep, Exchange, address_of
@@ -133,14 +133,30 @@ async def answer(service: Service, session_id: str, message: str, on_event: Call
             on_event(event)
 
     answer_id = "a-" + secrets.token_hex(12)
-    with tracer.start_as_current_span("chat", attributes={"request.id": request_id.get(), "answer.id": answer_id}):
-        turn: Turn = await service.need_assistant().run_turn(session_id, message, seen)
+
+    def shadowed(turn: Turn, seconds: float) -> None:
+        record_outcome(service, answer_id, turn, seconds, "shadow")
+
+    with tracer.start_as_current_span("chat", attributes={"request.id": request_id.get(), "answer.id": answer_id}) as span:
+        turn: Turn = await service.need_assistant().run_turn(session_id, message, seen, shadowed)
+        span.set_attributes({"gen_ai.response.model": turn.model_version, "arm": turn.arm})
     seconds = time.perf_counter() - began
     service.meters.count_turn(turn, seconds)
     service.meters.first_text_seconds.observe(first_text or seconds)
     steps = {step.node: step.seconds for step in turn.trace}
-    facts = {"answer_id": answer_id, "kind": turn.kind, "seconds": round(seconds, 3), "first_text": first_text, "steps": steps}
+    facts = {
+        "answer_id": answer_id,
+        "kind": turn.kind,
+        "model": turn.model_version,
+        "seconds": round(seconds, 3),
+        "first_text": first_text,
+        "steps": steps,
+    }
     log.info("turn", extra={"facts": facts})
+    try:
+        await run_in_threadpool(record_outcome, service, answer_id, turn, seconds, turn.arm)
+    except Exception:  # as below: a full disk must not cost a person their answer
+        log.exception("request %s: its outcome could not be stored", request_id.get())
     return Exchange(
         answer_id=answer_id, session_id=session_id, created=time.time(), message=message, seconds=round(seconds, 3), turn=turn
     )

@@ -19,9 +19,11 @@ from starlette.exceptions import HTTPException
 from ai_engineer_track.api import chat, feedback, health, openai_compatible, search, sessions
 from ai_engineer_track.api.limits import Gate, Guard, RateLimit, error_body, log
 from ai_engineer_track.api.service import Assistant, Index, Retriever, Service
+from ai_engineer_track.inference import Servers
 from ai_engineer_track.settings import AiSettings
 from shared.errors import UserError
 from shared.feedback import FeedbackStore
+from shared.outcomes import OutcomeStore
 
 WEB = Path(__file__).resolve().parent.parent / "web"
 #: JSON may spell a character in up to twelve bytes, and a client of the OpenAI API sends the whole conversation each time
@@ -33,8 +35,11 @@ def create_app(
     assistant: Assistant | None = None,
     index: Index | None = None,
     retriever: Retriever | None = None,
+    servers: Servers | None = None,
 ) -> FastAPI:
     """The application. Without an `assistant` the real one is opened at start-up, with index, retriever and models.
+
+    With `servers` it serves the published versions itself, and follows what is published (rollout.py).
 
     When it cannot be opened (no index yet, for instance) the service still runs, and says so in `/ready`.
     """
@@ -42,6 +47,7 @@ def create_app(
         settings=settings,
         sessions=sessions.SessionStore(settings.artifacts / "service" / "sessions.sqlite"),
         feedback=FeedbackStore(settings.artifacts / "feedback"),
+        outcomes=OutcomeStore(settings.artifacts / "feedback"),
         gate=Gate(settings.api.concurrency),
         rate=RateLimit(settings.api.rate_per_minute),
         assistant=assistant,
@@ -56,8 +62,8 @@ def create_app(
                 from ai_engineer_track.assistant import open_assistant  # loads torch
 
                 try:
-                    opened = await stack.enter_async_context(open_assistant(settings))
-                    service.assistant, service.index, service.retriever = opened, opened.index, opened.retriever
+                    opened = await stack.enter_async_context(open_assistant(settings, servers))
+                    service.assistant, service.index, service.retriever = opened, opened.index, opened
                 except UserError as error:
                     service.broken = f"The assistant cannot answer yet: {error.what}."
                     log.error("%s", error)

@@ -20,8 +20,10 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT
 from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
 
 from ai_engineer_track.api.chat import PING_SECONDS, answer, clean, take_place
+from ai_engineer_track.api.feedback import record_automatically
 from ai_engineer_track.api.limits import OUR_FAULT, error_body, log
 from ai_engineer_track.api.service import Service, ServiceDep
 from ai_engineer_track.api.sessions import Exchange, address_of
@@ -77,6 +79,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return StreamingResponse(_stream(task, head, usage), media_type="text/event-stream")
     turn = (await task).turn
+    head["system_fingerprint"] = turn.model_version
     message = {"role": "assistant", "content": as_text(turn), "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
     return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(turn)}
@@ -95,10 +98,19 @@ def as_text(turn: Turn) -> str:
 
 async def _converse(service: Service, session_id: str, said: list[str]) -> Exchange:
     assistant = service.need_assistant()
+    earlier: list[Exchange] = []
     try:
         for message in said[:-1]:
-            await assistant.run_turn(session_id, message)
-        return await answer(service, session_id, said[-1])
+            turn = await assistant.run_turn(session_id, message)
+            earlier.append(
+                Exchange(answer_id="", session_id=session_id, created=time.time(), message=message, seconds=0.0, turn=turn)
+            )
+        exchange = await answer(service, session_id, said[-1])
+        try:
+            await run_in_threadpool(record_automatically, service, exchange, earlier)
+        except Exception:  # a full disk must not cost a person their answer
+            log.exception("request %s: the answer was given but its shortcomings could not be stored", request_id.get())
+        return exchange
     finally:
         await assistant.forget(session_id)
 
@@ -113,6 +125,7 @@ async def _stream(task: asyncio.Task[Exchange], head: dict[str, Any], usage: boo
         while not (await asyncio.wait({task}, timeout=PING_SECONDS))[0]:
             yield KEEPALIVE_COMMENT
         turn = (await task).turn
+        head = {**head, "system_fingerprint": turn.model_version}
         for piece in re.findall(r"\s*\S+\s*", as_text(turn)):
             yield chunk({"content": piece})
         yield chunk({}, "stop")

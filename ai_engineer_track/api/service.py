@@ -16,6 +16,7 @@ from ai_engineer_track.api.limits import Gate, RateLimit
 from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.turn import Event, Turn
 from shared.feedback import FeedbackStore
+from shared.outcomes import OutcomeStore
 
 if TYPE_CHECKING:
     from ai_engineer_track.api.sessions import SessionStore
@@ -28,7 +29,14 @@ class Assistant(Protocol):
     @property
     def model_version(self) -> str: ...
 
-    async def run_turn(self, session_id: str, message: str, on_event: Callable[[Event], None] | None = None) -> Turn: ...
+    async def run_turn(
+        self,
+        session_id: str,
+        message: str,
+        on_event: Callable[[Event], None] | None = None,
+        on_shadow: Callable[[Turn, float], None] | None = None,
+    ) -> Turn:
+        """`on_shadow` is told, later, what a shadow made of the message and the seconds it took."""
 
     async def forget(self, session_id: str) -> None: ...
 
@@ -95,6 +103,7 @@ class Service:
     settings: AiSettings
     sessions: SessionStore
     feedback: FeedbackStore
+    outcomes: OutcomeStore
     gate: Gate
     rate: RateLimit
     meters: Meters = field(default_factory=Meters)

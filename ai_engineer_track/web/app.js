@@ -343,7 +343,7 @@ function how(exchange) {
   if (turn.passages.length) {
     parts.push(make("h4", { textContent: "Passages found, best first" }), make("ol", { className: "found" }, ...turn.passages.map((p) => passageLine(p, best))));
   }
-  parts.push(make("p", { className: "fine", textContent: `Answer ${exchange.answer_id}` }));
+  parts.push(make("p", { className: "fine", textContent: `Answer ${exchange.answer_id}${turn.model_version ? ` by ${turn.model_version}` : ""}` }));
   return make("details", { className: "how", ontoggle: (event) => { if (event.target.open) event.target.scrollIntoView({ block: "nearest" }); } }, ...parts);
 }
 

@@ -10,7 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +74,17 @@ def serve(
         raise problems[0]
     if not server.started or (state.not_ready and state.not_ready != "loading"):
         raise UserError("the server could not start", state.not_ready, "See the message above")
+
+
+def end_with_parent() -> None:
+    """End, in good order, when whoever started us is gone: its end of our standard input is closed then, whatever killed it."""
+
+    def wait() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -84,7 +84,20 @@ class FakeAssistant:
         self.forgotten.append(session_id)
         self.said.pop(session_id, None)
 
-    async def run_turn(self, session_id: str, message: str, on_event: Callable[[Event], None] | None = None) -> Turn:
+    async def run_turn(
+        self,
+        session_id: str,
+        message: str,
+        on_event: Callable[[Event], None] | None = None,
+        on_shadow: Callable[[Turn, float], None] | None = None,
+    ) -> Turn:
+        made = {"model_version": self.model_version, "index_version": FakeIndex.version}
+        turn = (await self._turn(session_id, message, on_event)).model_copy(update=made)
+        if "shadow" in message and on_shadow is not None:
+            on_shadow(turn.model_copy(update={"model_version": "m-shadow", "arm": "candidate"}), 0.25)
+        return turn
+
+    async def _turn(self, session_id: str, message: str, on_event: Callable[[Event], None] | None = None) -> Turn:
         self.said.setdefault(session_id, []).append(message)
         tell = on_event or (lambda event: None)
         if "crash" in message:
