@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop bench report compare fit bench-peers load soak faults pretrain datasheet test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -75,6 +75,15 @@ fit: setup ## will it fit? memory by component. MODEL=folder or id METHOD=lora|q
 
 bench-peers: setup ## other engines and trainers on the same model. PEERS=llama.cpp,trl INSTALL=1 makes their environments
 	@$(BIN)/python -m benchmarks peers --only "$(PEERS)" --model "$(MODEL)" $(if $(INSTALL),--install)
+
+load: setup ## how many people a second the service takes, and what it does beyond that
+	@$(BIN)/python -m benchmarks steady
+
+faults: setup ## break one thing after another while twenty people talk to the service. ONLY=kill-inference,full-disk
+	@$(BIN)/python -m benchmarks faults --only "$(ONLY)"
+
+soak: setup ## people arrive for MINUTES=60 at RATE=0.5 a second: do memory and open files stay flat?
+	@$(BIN)/python -m benchmarks soak --minutes $(or $(MINUTES),60) --rate $(or $(RATE),0.5)
 
 pretrain: setup ## make the bundled base model anew: CORPUS=folder [EDITION=cpu|gpu]
 	@test -n "$(CORPUS)" || { echo "error: CORPUS=<folder with pretrain/ and tasks/> is needed" >&2; exit 2; }

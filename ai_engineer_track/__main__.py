@@ -13,6 +13,7 @@ import typer
 from ai_engineer_track.settings import AiSettings, load_ai_settings
 from shared.commandline import run_app
 from shared.errors import UserError
+from shared.logs import setup_logs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 Preset = Annotated[str | None, typer.Option(help="tiny or smoke (default: PRESET, else tiny)")]
@@ -27,16 +28,24 @@ def run(preset: Preset = None) -> None:
 
 
 @app.command()
-def serve(preset: Preset = None) -> None:
-    """The service with its web page, until Ctrl-C (make serve)."""
+def serve(
+    preset: Preset = None,
+    unsupervised: Annotated[bool, typer.Option("--unsupervised", help="for systemd and the like: not started again")] = False,
+) -> None:
+    """The service with its web page, until Ctrl-C (make serve). It is started again when it dies."""
     import uvicorn
 
     from ai_engineer_track.api.main import create_app
     from ai_engineer_track.inference import Servers, need_port
     from ai_engineer_track.ingest import ingest as bring_up_to_date
+    from ai_engineer_track.supervise import supervise
 
     settings = _settings(preset)
     need_port(settings.api.host, settings.api.port)
+    if not unsupervised:
+        chosen = ["--preset", preset] if preset else []
+        raise typer.Exit(supervise([sys.executable, "-m", "ai_engineer_track", "serve", "--unsupervised", *chosen]))
+    setup_logs(settings.artifacts / "logs" / "service.jsonl")
     with Servers(settings) as servers:
         bundled = None if settings.llm.base_url else servers  # somebody else's server is not ours to follow
         if bundled:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
@@ -31,6 +32,7 @@ from ai_engineer_track.turn import Event, Turn
 from shared.errors import UserError
 from shared.outcomes import Arm as ArmName
 from shared.rollout import Rollout
+from shared.sqlite import is_damage, mend
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,11 @@ class Assistant:
         try:
             async with lock:
                 return await self._turn(session_id, message, on_event, on_other)
+        except sqlite3.DatabaseError as error:
+            if is_damage(error):  # opening mends it, so end in good order and be started again (supervise.py)
+                log.error("what is remembered of conversations is damaged; ending")
+                signal.raise_signal(signal.SIGTERM)
+            raise
         finally:
             self._answering -= 1
             if not lock.locked():
@@ -159,6 +166,7 @@ async def open_assistant(settings: AiSettings, servers: Servers | None = None) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # what people say here is nobody else's business on this machine
+        await asyncio.to_thread(mend, path)
         async with AsyncSqliteSaver.from_conn_string(str(path)) as saver, AsyncExitStack() as stack:
             await saver.setup()
             await saver.conn.execute("PRAGMA secure_delete = ON")

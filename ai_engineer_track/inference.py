@@ -81,7 +81,7 @@ class Servers:
 
     def stop(self, server: Server) -> None:
         """It finishes what it is doing first."""
-        _stop(server.process)
+        stop(server.process)
         with self._lock:
             self._running = [other for other in self._running if other is not server]
 
@@ -107,7 +107,7 @@ def inference_server(settings: AiSettings, port: int | None = None) -> Iterator[
     try:
         yield server.serves(settings)
     finally:
-        _stop(server.process)
+        stop(server.process)
 
 
 def start_server(
@@ -119,12 +119,14 @@ def start_server(
     log = settings.artifacts / "logs" / log_name
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "ml_engineer_track", "serve", "--model", str(folder), "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    with log.open("wb") as output:  # our end of its stdin closes when we die, however we die: nobody is left behind
+        process = subprocess.Popen(
+            [*command, "--with-parent"], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         _wait(process, f"http://127.0.0.1:{port}/ready", log, given_up or threading.Event())
     except BaseException:
-        _stop(process)
+        stop(process)
         raise
     return Server(folder.name, folder, f"http://127.0.0.1:{port}/v1", process)
 
@@ -165,7 +167,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, given_up: threa
     raise UserError(f"the inference server was not ready after {START_SECONDS:.0f} s", str(log), "Read the log")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask it to finish what it is doing, then insist."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

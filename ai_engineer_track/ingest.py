@@ -16,6 +16,7 @@ becomes visible by one rename, and an index that does not fit the code is refuse
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -35,11 +36,14 @@ from ai_engineer_track.settings import AiSettings
 from shared.errors import UserError
 from shared.files import locked, need_disk, sha256_file, sha256_text, write_json, write_text
 from shared.passages import DIMENSIONS, Passage, StoredVectors, embedder, unit_texts
+from shared.sqlite import is_sound
 
 FORMAT = 1
 REBUILD = "Run `python -m ai_engineer_track ingest`"
 _PASSAGES = TypeAdapter(list[Passage])
 COLLECTION = "units"
+SELF_TESTS = 8
+log = logging.getLogger(__name__)
 
 
 class IngestReport(BaseModel):
@@ -104,6 +108,8 @@ class Index:
         self.passages: dict[str, Passage] = {p.id: p for p in found}
         #: (units, 384): for every passage in order, first the whole of it, then its sentences
         self.vectors: np.ndarray = np.load(folder / "vectors.npy")
+        #: the passage of each row of `vectors`
+        self._owners = [p.id for p in found for _ in range(len(p.sentences) + 1)]
         self._client = _client(folder)
         try:
             self._units = self._client.get_collection(COLLECTION, embedding_function=None)
@@ -127,16 +133,38 @@ class Index:
         total = self._units.count()
         wanted = min(total, 4 * n)
         while True:
-            with _filter_errors(where):
-                found = self._units.query(
-                    query_embeddings=[query_vector.tolist()], n_results=wanted, where=where, include=["metadatas", "distances"]
-                )
+            query: dict[str, Any] = {"query_embeddings": [query_vector.tolist()], "n_results": wanted, "where": where}
+            try:
+                with _filter_errors(where):
+                    found = self._units.query(**query, include=["metadatas", "distances"])
+            except UserError:
+                raise
+            except Exception as error:  # Chroma raises whatever its database and its Rust bindings stumble over
+                log.error("Chroma failed; searching the vectors in memory", extra={"facts": {"type": type(error).__name__}})
+                return self.exact(query_vector, n)
             best: dict[str, float] = {}
             for data, distance in zip((found["metadatas"] or [[]])[0], (found["distances"] or [[]])[0], strict=True):
                 best.setdefault(str(data["passage"]), 1.0 - float(distance))
             if len(best) >= n or len(found["ids"][0]) < wanted or wanted == total:
                 return list(best.items())[:n]
             wanted = min(total, 4 * wanted)
+
+    def exact(self, query_vector: np.ndarray, n: int) -> list[tuple[str, float]]:
+        """The same as `dense` without a filter, from the vectors in memory: what is left when Chroma's files are damaged."""
+        best: dict[str, float] = {}
+        for unit in np.argsort(-(self.vectors @ query_vector)):
+            best.setdefault(self._owners[unit], float(self.vectors[unit] @ query_vector))
+            if len(best) == n:
+                break
+        return list(best.items())
+
+    def is_sound(self) -> bool:
+        """Does Chroma find what was put in? A few vectors, evenly spread, must each find themselves."""
+        for unit in np.linspace(0, len(self.vectors) - 1, SELF_TESTS).astype(int):
+            found = self._units.query(query_embeddings=[self.vectors[unit].tolist()], n_results=1, include=["distances"])
+            if (found["distances"] or [[1.0]])[0][0] > 1e-3:
+                return False
+        return True
 
     def matching(self, where: dict[str, Any]) -> set[str]:
         """Ids of the passages a filter lets through."""
@@ -268,10 +296,12 @@ def _checked(folder: Path) -> IndexInfo:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        Index(folder, _checked(folder)).close()
+        index = Index(folder, _checked(folder))
+        sound = index.is_sound()
+        index.close()
     except Exception:  # as in `open_index`
         return False
-    return True
+    return sound and is_sound(folder / "chroma" / "chroma.sqlite3")
 
 
 def _tidy(root: Path, keep: set[str]) -> None:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ai_engineer_track.settings import LlmSettings
 from shared.chat import Message
+from shared.logs import HEADER, request_id
 
 BUNDLED_URL = "http://127.0.0.1:8001/v1"
 
@@ -150,6 +151,8 @@ class Llm:
             "max_tokens": max_tokens,
             "temperature": 0,
         }
+        if name := request_id.get():  # the inference server's log lines then name the message they belong to
+            request["extra_headers"] = {HEADER: name}
         if structured:
             request["extra_body"] = {"structured_outputs": structured}
         return request

@@ -12,7 +12,7 @@ import asyncio
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,7 +111,7 @@ def service(settings: AiSettings, start_seconds: float = 120.0) -> Iterator[str]
     become ready, with what `/ready` says.
     """
     api = settings.api.model_copy(update={"rate_per_minute": SUITE_RATE_PER_MINUTE, "host": "127.0.0.1", "port": free_port()})
-    settings = settings.model_copy(update={"api": api, "artifacts": _own_folder(settings.artifacts)})
+    settings = settings.model_copy(update={"api": api, "artifacts": own_folder(settings.artifacts, "suite")})
     server = uvicorn.Server(uvicorn.Config(create_app(settings), host=api.host, port=api.port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -124,14 +124,16 @@ def service(settings: AiSettings, start_seconds: float = 120.0) -> Iterator[str]
         thread.join(timeout=15)
 
 
-def _own_folder(artifacts: Path) -> Path:
-    """An empty `artifacts/suite` in which only what was made before the suite is seen."""
-    folder = artifacts / "suite"
+def own_folder(artifacts: Path, name: str, copied: Sequence[str] = ()) -> Path:
+    """An empty `artifacts/<name>` in which only what was made before it is seen; `copied` folders may be written to."""
+    folder = artifacts / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (artifacts / "heads").mkdir(exist_ok=True)
     for name in ("index", "models", "heads", "judge"):
-        if (artifacts / name).exists():
+        if name in copied:
+            shutil.copytree(artifacts / name, folder / name)
+        elif (artifacts / name).exists():
             (folder / name).symlink_to((artifacts / name).resolve(), target_is_directory=True)
     (folder / "vectors.npz").symlink_to((artifacts / "vectors.npz").resolve())
     return folder

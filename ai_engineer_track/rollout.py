@@ -126,7 +126,7 @@ class Watcher:
         self.arms: dict[str, Arm] = {assistant.current.version: assistant.current}
         self._starting: dict[str, asyncio.Task[Arm]] = {}
         self._refused: set[str] = set()
-        self._next_try = 0.0
+        self._next_try, self._last_death = 0.0, -RESTART_SECONDS
         self._wish: Wish | None = None
         self._said = ""
         self._retiring: set[asyncio.Task[None]] = set()
@@ -205,7 +205,9 @@ class Watcher:
             if not arm.alive:
                 del self.arms[version]
                 if arm is self.assistant.current:
-                    self._next_try = time.monotonic() + RESTART_SECONDS
+                    # at once the first time; one that dies again and again must not take the machine from whoever else is there
+                    self._next_try = self._last_death + RESTART_SECONDS
+                    self._last_death = time.monotonic()
                     log.error("the server of version %s died; it is started again", version)
                 else:
                     self._refused.add(version)

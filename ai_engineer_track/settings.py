@@ -38,6 +38,7 @@ OVERRIDES = {
     "HOST": ("api", "host"),
     "PORT": ("api", "port"),
     "API_TOKEN": ("api", "token"),
+    "RATE_PER_MINUTE": ("api", "rate_per_minute"),
     "OTEL_EXPORTER_OTLP_ENDPOINT": ("otel_endpoint",),
 }
 

@@ -134,6 +134,39 @@ def peers(
     print(json.dumps(runner.summary(result, path)))
 
 
+@app.command()
+def steady(seconds: Annotated[float, typer.Option(min=1, help="each rate is held for as long")] = 45.0) -> None:
+    """How many people a second the service can take, and what it does beyond that. Needs `make ml` and `make ai`."""
+    from benchmarks import steady as s
+    from shared.settings import load_settings
+
+    settings = load_settings("tiny")
+    s.show(s.steady(settings, seconds), settings.artifacts / "reports")
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.1)] = 60.0,
+    rate: Annotated[float, typer.Option(min=0.01, help="messages a second")] = 0.5,
+) -> None:
+    """People arrive for an hour: do memory and open files stay flat? Needs `make ml` and `make ai`."""
+    from benchmarks import soak as s
+    from shared.settings import load_settings
+
+    settings = load_settings("tiny")
+    s.show(s.soak(settings, minutes, rate), settings.artifacts / "reports")
+
+
+@app.command()
+def faults(only: Annotated[str, typer.Option(help="comma-separated faults (default: all)")] = "") -> None:
+    """Break one thing after another while twenty people talk to the service. Needs `make ml` and `make ai`."""
+    from benchmarks import faults as f
+    from shared.settings import load_settings
+
+    settings = load_settings("tiny")
+    f.show(f.faults(settings, _words(only)), settings.artifacts / "reports")
+
+
 def use_device(device: str) -> None:
     """Must happen before torch is imported: hides the GPUs when the CPU is asked for."""
     if device not in ("", "cpu", "cuda"):

@@ -275,14 +275,18 @@ def serve(
     cache_mb: Annotated[int, typer.Option(min=1, help="key-value cache of each model, MiB")] = 512,
     max_running: Annotated[int, typer.Option(min=1, help="requests in a batch; the rest waits")] = 64,
     max_waiting: Annotated[int, typer.Option(min=0, help="requests in the queue; the rest gets 429")] = 512,
+    with_parent: Annotated[bool, typer.Option("--with-parent", help="end when the standard input closes")] = False,
 ) -> None:
     """Serve a model over OpenAI's HTTP API."""
     from ml_engineer_track.serving import adapters
     from ml_engineer_track.serving.catalog import Limits
+    from ml_engineer_track.serving.serve import end_with_parent
     from ml_engineer_track.serving.serve import serve as run_server
     from ml_engineer_track.serving.vllm import serve_with_vllm
 
     artifacts = load_settings("tiny").artifacts
+    if with_parent:
+        end_with_parent()
     loras = adapters.read(adapter or [])
     if draft and engine == "vllm":
         raise UserError("--draft works with the CPU engine, not with vllm", "--engine", "Leave one of them out")

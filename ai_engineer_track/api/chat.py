@@ -24,11 +24,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from ai_engineer_track.api.feedback import record_automatically, record_outcome
-from ai_engineer_track.api.limits import OUR_FAULT, error_body, log, request_id
+from ai_engineer_track.api.limits import OUR_FAULT, error_body, log
 from ai_engineer_track.api.service import Service, ServiceDep
 from ai_engineer_track.api.sessions import NO_SUCH, ClientDep, Exchange, address_of
 from ai_engineer_track.turn import Event, Turn
 from shared.errors import UserError
+from shared.logs import request_id
 
 T = TypeVar("T")
 PING_SECONDS = 15.0  # proxies drop a silent connection after 30 to 60 s
@@ -146,6 +147,16 @@ async def answer(service: Service, session_id: str, message: str, on_event: Call
     seconds = time.perf_counter() - began
     service.meters.count_turn(turn, seconds)
     service.meters.first_text_seconds.observe(first_text or seconds)
+    steps = {step.node: step.seconds for step in turn.trace}
+    facts = {
+        "answer_id": answer_id,
+        "kind": turn.kind,
+        "model": turn.model_version,
+        "seconds": round(seconds, 3),
+        "first_text": first_text,
+        "steps": steps,
+    }
+    log.info("turn", extra={"facts": facts})
     try:
         await run_in_threadpool(record_outcome, service, answer_id, turn, seconds)
     except Exception:  # as below: a full disk must not cost a person their answer

@@ -10,25 +10,23 @@ import hmac
 import json
 import logging
 import math
-import re
-import secrets
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shared.logs import HEADER, accept_id, request_id
+
 log = logging.getLogger("ai_engineer_track.api")
 OUR_FAULT = "Something went wrong on our side, so there is no answer. Please try again."
-
-#: the id of the request being worked on, for logs and traces
-request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 #: the pages and the probes carry no data of anyone; everything else needs the token when one is set
 PAGES = ("/", "/app.js", "/page.js", "/style.css", "/icon.svg", "/review", "/review.js", "/review.css")
 OPEN_PATHS = (*PAGES, "/health", "/ready")
+#: asked every few seconds by machines; a log of them hides the rest
+QUIET = ("/health", "/ready", "/metrics")
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -62,8 +60,7 @@ class Guard:
             return
         started, status, started_sending = time.perf_counter(), 500, False
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        name = given if re.fullmatch(r"[\w.-]{8,64}", given, re.ASCII) else secrets.token_hex(8)
+        name = accept_id(headers.get(HEADER, ""))
         mark = request_id.set(name)
 
         async def answer(message: Message) -> None:
@@ -72,7 +69,7 @@ class Guard:
                 started_sending = True
                 status = message["status"]
                 outgoing = MutableHeaders(scope=message)
-                outgoing["X-Request-ID"] = name
+                outgoing[HEADER] = name
                 outgoing.setdefault("Cache-Control", "no-store")
                 for header, value in HEADERS.items():
                     outgoing[header] = value
@@ -90,7 +87,11 @@ class Guard:
                 await _reply(answer, 500, "error", OUR_FAULT)
         finally:
             route = getattr(scope.get("route"), "path", "other")  # never the raw path: a scanner would fill the metrics
-            self.count(scope["method"], route, status, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.count(scope["method"], route, status, seconds)
+            if route not in QUIET:
+                facts = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 4)}
+                log.info("request", extra={"facts": facts})
             request_id.reset(mark)
 
     def _problem(self, path: str, headers: Headers) -> tuple[int, str, str] | None:

@@ -24,10 +24,11 @@ from starlette.concurrency import run_in_threadpool
 
 from ai_engineer_track.api.chat import PING_SECONDS, answer, clean, take_place
 from ai_engineer_track.api.feedback import record_automatically
-from ai_engineer_track.api.limits import OUR_FAULT, error_body, log, request_id
+from ai_engineer_track.api.limits import OUR_FAULT, error_body, log
 from ai_engineer_track.api.service import Service, ServiceDep
 from ai_engineer_track.api.sessions import Exchange, address_of
 from ai_engineer_track.turn import Turn
+from shared.logs import request_id
 
 MODEL = "assistant"
 #: earlier messages gone through again; each costs as much as a message of its own

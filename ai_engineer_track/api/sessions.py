@@ -25,6 +25,7 @@ from ai_engineer_track.api.limits import bearer
 from ai_engineer_track.api.service import ServiceDep
 from ai_engineer_track.turn import Turn
 from shared.errors import UserError
+from shared.sqlite import is_damage, mend
 
 COOKIE = "client"
 NO_SUCH = "There is no such conversation."
@@ -50,12 +51,24 @@ class History(BaseModel):
 
 
 class SessionStore:
-    """Conversations in one SQLite file. Every call is one short transaction, safe from several threads."""
+    """Conversations in one SQLite file. Every call is one short transaction, safe from several threads.
+
+    A damaged file is mended when it is noticed (`shared/sqlite.py`): what can be read of it goes on.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._open()
+        #: signs the cookies; made with the file
+        self.secret: bytes = self._run("SELECT value FROM keys WHERE name = 'cookie'")[0][0]
+
+    def _open(self) -> None:
+        path = self.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)  # what people say here is nobody else's business on this machine
+            mend(path)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.executescript(
                 """
@@ -73,9 +86,6 @@ class SessionStore:
             raise UserError(
                 f"conversations cannot be stored ({error})", str(path), "Check the disk, or remove the file"
             ) from None
-        self._lock = threading.Lock()
-        #: signs the cookies; made with the file
-        self.secret: bytes = self._run("SELECT value FROM keys WHERE name = 'cookie'")[0][0]
 
     def begin(self, client: str) -> str:
         """A new conversation's id: 160 random bits, so that nobody can guess another's."""
@@ -101,7 +111,7 @@ class SessionStore:
         return True
 
     def history(self, session_id: str) -> list[Exchange]:
-        rows = self._run("SELECT body FROM exchanges WHERE session_id = ? ORDER BY created", session_id)
+        rows = self._run("SELECT body FROM exchanges WHERE session_id = ? ORDER BY rowid", session_id)
         return [Exchange.model_validate_json(body) for (body,) in rows]
 
     def exchange(self, answer_id: str, client: str) -> Exchange | None:
@@ -122,8 +132,19 @@ class SessionStore:
         self._db.close()
 
     def _run(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        with self._lock, closing(self._db.execute(sql, values)) as cursor:
-            return cursor.fetchall()
+        with self._lock:
+            try:
+                with closing(self._db.execute(sql, values)) as cursor:
+                    return cursor.fetchall()
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+                self._db.close()
+                self._open()
+                if hasattr(self, "secret"):  # cookies that people hold stay valid
+                    self._db.execute("INSERT OR REPLACE INTO keys VALUES ('cookie', ?)", (self.secret,))
+                with closing(self._db.execute(sql, values)) as cursor:
+                    return cursor.fetchall()
 
 
 def client_of(request: Request, response: Response, service: ServiceDep) -> str:

@@ -15,7 +15,9 @@ export function make(tag, props = {}, ...children) {
 
 export async function call(path, options = {}) {
   const token = sessionStorage.getItem("token");
-  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  // one id from here to the engine: what went wrong can be found in every log under the number the page shows
+  const id = crypto.getRandomValues(new Uint32Array(2)).reduce((text, word) => text + word.toString(16).padStart(8, "0"), "");
+  const headers = { "X-Request-ID": id, ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
   const response = await fetch(path, { ...options, headers });
   if (response.status === 401 && await askToken()) return call(path, options);
   if (!response.ok) throw new Error(await sentence(response), { cause: response.status });
@@ -24,7 +26,8 @@ export async function call(path, options = {}) {
 
 async function sentence(response) {
   try {
-    return (await response.json()).error.message;
+    const { message, request_id } = (await response.json()).error;
+    return response.status >= 500 && request_id ? `${message} (request ${request_id})` : message;
   } catch {
     return `The service answered with status ${response.status}.`;
   }

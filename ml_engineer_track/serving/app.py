@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,7 +39,9 @@ from ml_engineer_track.serving import protocol
 from ml_engineer_track.serving.completions import Answer, Run, Served, begin_chat, begin_completion
 from ml_engineer_track.serving.metrics import Meters
 from ml_engineer_track.serving.protocol import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest
+from shared.logs import HEADER, accept_id, request_id
 
+log = logging.getLogger(__name__)
 EMBEDDING_MODEL = "all-minilm-l6-v2"
 CLIENT_LEFT = 499  # nginx's status; nobody reads it
 T = TypeVar("T")
@@ -227,15 +232,35 @@ def _add_errors(app: FastAPI) -> None:
 
 
 class _Counted:
-    """Counts answers by path and status. Plain ASGI: starlette's own middleware class hides a client that leaves."""
+    """Counts answers by path and status and logs them under the caller's request id, which goes back with the answer.
+
+    Plain ASGI: starlette's own middleware class hides a client that leaves.
+    """
 
     def __init__(self, app: ASGIApp, meters: Meters) -> None:
         self.app, self.meters = app, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, status = time.perf_counter(), 500
+        name = accept_id(Headers(scope=scope).get(HEADER, ""))
+        mark = request_id.set(name)
+
         async def counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                self.meters.request(getattr(scope.get("route"), "path", "other"), message["status"])
+                status = message["status"]
+                self.meters.request(getattr(scope.get("route"), "path", "other"), status)
+                MutableHeaders(scope=message)[HEADER] = name
             await send(message)
 
-        await self.app(scope, receive, counted if scope["type"] == "http" else send)
+        try:
+            await self.app(scope, receive, counted)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            if path.startswith("/v1/"):
+                log.info(
+                    "request", extra={"facts": {"path": path, "status": status, "seconds": round(time.perf_counter() - began, 4)}}
+                )
+            request_id.reset(mark)

@@ -10,7 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from ml_engineer_track.serving.app import State, create_app
 from ml_engineer_track.serving.catalog import EngineName, Entry, Limits, build, entries, with_adapters, with_kernel
 from ml_engineer_track.serving.speculative import with_draft
 from shared.errors import UserError
+from shared.logs import setup_logs
 
 DRAIN_SECONDS = 10
 #: Connections the system may hold ready for us: a burst of a thousand must not be refused by the kernel.
@@ -42,6 +47,7 @@ def serve(
     if draft:
         found = with_draft(found, draft, artifacts)
     taken = listen(host, port)
+    setup_logs(artifacts / "logs" / "inference.jsonl")
     state = State()
     problems: list[UserError] = []
 
@@ -68,6 +74,17 @@ def serve(
         raise problems[0]
     if not server.started or (state.not_ready and state.not_ready != "loading"):
         raise UserError("the server could not start", state.not_ready, "See the message above")
+
+
+def end_with_parent() -> None:
+    """End, in good order, when whoever started us is gone: its end of our standard input is closed then, whatever killed it."""
+
+    def wait() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def listen(host: str, port: int) -> socket.socket:
