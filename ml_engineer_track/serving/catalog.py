@@ -10,6 +10,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from ml_engineer_track.models import check_model_path, load_model, load_tokenize
 from ml_engineer_track.serving.adapters import Adapter
 from ml_engineer_track.serving.completions import Served
 from ml_engineer_track.serving.engine import Engine
+from ml_engineer_track.serving.engine_process import EngineProcess
 from shared import handoff
 from shared.chat import PROMPT_VERSION
 from shared.errors import UserError
@@ -167,17 +169,22 @@ def has_openvino() -> bool:
     return importlib.util.find_spec("openvino_genai") is not None
 
 
-def build(entry: Entry, limits: Limits) -> Served:
-    """The model with its tokenizer and its engine, not yet started."""
+def build(entry: Entry, limits: Limits, own_process: bool = False) -> Served:
+    """The model with its tokenizer and its engine, not yet started.
+
+    With `own_process` the CPU engine runs in one (engine_process.py); the other releases the interpreter while it computes.
+    """
     tokenizer = load_tokenizer(str(entry.folder))
     stops = stop_ids(entry.folder, tokenizer)
     engine: Engine
     if entry.engine == "openvino":
         from ml_engineer_track.serving.openvino_engine import OpenVinoEngine
 
-        engine = OpenVinoEngine(
-            entry.folder / FILE_NAME, tokenizer, stops, limits.cache_mb, limits.max_running, limits.max_waiting, entry.draft
-        )
+        make = partial(
+            OpenVinoEngine, entry.folder / FILE_NAME, tokenizer, stops, limits.cache_mb, limits.max_running, limits.max_waiting,
+            entry.draft,
+        )  # fmt: skip
+        engine = EngineProcess(make) if own_process else make()
     else:
         from ml_engineer_track.serving.transformers_engine import TransformersEngine
 

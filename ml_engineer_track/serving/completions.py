@@ -73,23 +73,17 @@ class Run:
 
     async def events(self) -> AsyncGenerator[Event]:
         """Events of all choices as they come. ApiError 503 when the engine fails; leaving early cancels what still runs."""
-        queue: asyncio.Queue[Event | ApiError] = asyncio.Queue()
-        readers = [asyncio.create_task(self._read(i, stream, queue)) for i, stream in enumerate(self.streams)]
+        choices = [self._read(i, stream) for i, stream in enumerate(self.streams)]
+        merged = choices[0] if len(choices) == 1 else _merged(choices)  # one choice needs no tasks and no second queue
         try:
-            open_choices = len(readers)
-            while open_choices:
-                event = await queue.get()
-                if isinstance(event, ApiError):
-                    raise event
-                open_choices -= event.finish is not None
+            async for event in merged:
                 yield event
             self.meters.finished(self.served.name, time.perf_counter() - self.started)
         finally:
             self.cancel()
-            for reader in readers:
-                reader.cancel()
+            await merged.aclose()
 
-    async def _read(self, index: int, stream: Stream, queue: asyncio.Queue[Event | ApiError]) -> None:
+    async def _read(self, index: int, stream: Stream) -> AsyncGenerator[Event]:
         text = TextStream(self.served.tokenizer, self.stops)
         async for tokens in stream:
             if self.completion_tokens == 0:
@@ -99,12 +93,45 @@ class Run:
             self.meters.tokens(self.served.name, len(piece.tokens))
             if piece.stopped:
                 stream.cancel()
-                return queue.put_nowait(Event(index, piece.text, piece.tokens, "stop"))
-            queue.put_nowait(Event(index, piece.text, piece.tokens, None))
-        if stream.finish in ("stop", "length"):
-            return queue.put_nowait(Event(index, text.rest(), [], stream.finish))
-        message = stream.error or "the server is shutting down"
-        return queue.put_nowait(ApiError(503, message, "engine_failed" if stream.error else "shutting_down"))
+                yield Event(index, piece.text, piece.tokens, "stop")
+                return
+            # The end travels with the last token: one event less for every reply.
+            ended = stream.finish if stream.finish in ("stop", "length") else None
+            yield Event(index, piece.text + (text.rest() if ended else ""), piece.tokens, ended)
+            if ended:
+                return
+        if stream.finish not in ("stop", "length"):
+            message = stream.error or "the server is shutting down"
+            raise ApiError(503, message, "engine_failed" if stream.error else "shutting_down")
+        yield Event(index, text.rest(), [], stream.finish)
+
+
+async def _merged(choices: Sequence[AsyncGenerator[Event]]) -> AsyncGenerator[Event]:
+    """What all of them give, as it comes; the first error ends it."""
+    queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+
+    async def read(choice: AsyncGenerator[Event]) -> None:
+        try:
+            async for event in choice:
+                queue.put_nowait(event)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    readers = [asyncio.create_task(read(choice)) for choice in choices]
+    try:
+        open_choices = len(readers)
+        while open_choices:
+            event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                open_choices -= 1
+            else:
+                yield event
+    finally:
+        for reader in readers:
+            reader.cancel()
 
 
 def begin_chat(served: Served, request: ChatRequest, meters: Meters) -> Run:
@@ -113,7 +140,7 @@ def begin_chat(served: Served, request: ChatRequest, meters: Meters) -> Run:
         text = prompt_text(served.tokenizer, [message.plain() for message in request.messages])
     except Exception as error:  # templates raise what they like
         raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from None
-    prompt = served.tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = served.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     limit = request.max_completion_tokens or request.max_tokens
     return _begin(served, [prompt], limit, request, bool(request.logprobs), request.top_logprobs or 0, meters)
 
@@ -222,14 +249,17 @@ class Answer:
         tail = ', "usage": null}' if include_usage else "}"
         events = self.run.events()
         event: Event | None = await anext(events)  # before anything is sent: an error now is a status, not a broken stream
+        before = ""
         try:
             if self.chat:
                 first = [{"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
                          for i in range(len(self.run.streams))]  # fmt: skip
-                yield f'data: {head}, "choices": {json.dumps(first)}{tail}\n\n'
+                before = f'data: {head}, "choices": {json.dumps(first)}{tail}\n\n'
             while event is not None:
                 if event.text or event.finish or self.logprobs:
-                    yield f'data: {head}, "choices": [{json.dumps(self.delta(event), ensure_ascii=False)}]{tail}\n\n'
+                    delta = json.dumps(self.delta(event), ensure_ascii=False)
+                    yield f'{before}data: {head}, "choices": [{delta}]{tail}\n\n'  # the roles go with the first word
+                    before = ""
                 event = await anext(events, None)
             if include_usage:
                 yield f'data: {head}, "choices": [], "usage": {json.dumps(self.run.usage())}}}\n\n'

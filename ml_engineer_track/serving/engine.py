@@ -28,9 +28,10 @@ IDLE_SECONDS = 0.5
 #: From MANY running generations on, tokens wait up to TOGETHER_SECONDS for those after them and are sent as one event. An event
 #: costs about as much as a token of a small model, and nobody reads twenty words a second (vLLM: `--stream-interval`).
 MANY, TOGETHER_SECONDS = 8, 0.05
-#: Then the engine also waits until the server has passed on what it got: Python runs one of the two threads at a time, and an
-#: engine that never waits is not interrupted before a whole reply is there, so that its first word comes with its last.
-PATIENCE_SECONDS, HOPS = 0.05, 4
+#: Then, and after the first token of any request, the engine also waits until the server has passed on what it got: Python runs
+#: one of the two threads at a time, and an engine that never waits is not interrupted before a whole reply is there, so that
+#: its first word comes with its last.
+PATIENCE_SECONDS, HOPS = 0.05, 8
 
 
 class Busy(Exception):  # noqa: N818 - it names an answer, not a fault
@@ -70,10 +71,13 @@ class Token:
 
 
 class Stream:
-    """The tokens of one generation as they come: `async for tokens in stream`. Then `finish` says why it ended."""
+    """The tokens of one generation as they come: `async for tokens in stream`. Then `finish` says why it ended.
 
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
+    `loop` is where it is read; None in a process where nobody reads (engine_process.py).
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.loop = loop
         self.queue: asyncio.Queue[tuple[list[Token], Finish | None]] = asyncio.Queue()
         self.finish: Finish | None = None
         self.error: str | None = None
@@ -140,6 +144,8 @@ class Engine(ABC):
         self.waiting: deque[Job] = deque()
         self.failures = 0
         self._reserved = 0
+        self._outbox: Outbox = {}
+        self._delivered = 0.0
         self._seconds_per_job = 1.0
         self._wake = threading.Condition()
         self._closing = False
@@ -166,7 +172,7 @@ class Engine(ABC):
                 f"the prompt has {len(generation.prompt)} tokens and the reply may take {generation.max_tokens}; "
                 f"the key-value cache of this server holds {self.capacity_tokens}"
             )
-        job = Job(generation, Stream(), reserved)
+        job = Job(generation, Stream(asyncio.get_running_loop()), reserved)
         with self._wake:
             if self._closing:
                 raise Busy(len(self.waiting), 5)
@@ -222,9 +228,12 @@ class Engine(ABC):
             self.running.discard(job)
             self._reserved -= job.reserved
 
+    def take(self) -> Outbox:
+        """What was emitted since the last time; it counts as handed on."""
+        taken, self._outbox = self._outbox, {}
+        return taken
+
     def _run(self) -> None:
-        self._outbox: Outbox = {}
-        self._delivered = 0.0
         try:
             self.do_load()
         except BaseException as error:
@@ -272,7 +281,7 @@ class Engine(ABC):
             try:
                 self.do_begin(job)
             except Exception as error:  # nothing of it is in the batch yet: only this one fails
-                self._end(job, error)
+                self.end(job, error)
 
     def _drop_cancelled(self) -> None:
         for job in [job for job in self.running if job.stream.cancelled]:
@@ -284,14 +293,15 @@ class Engine(ABC):
         traceback.print_exception(error)
         self.failures += 1
         for job in list(self.running):
-            self._end(job, error)
+            self.end(job, error)
         self._deliver()
         try:
             self.do_recover()
         except Exception as again:  # no engine, no service: every later job fails the same way and says so
             traceback.print_exception(again)
 
-    def _end(self, job: Job, error: Exception) -> None:
+    def end(self, job: Job, error: Exception) -> None:
+        """This job fails, and says why."""
         lines = str(error).strip().splitlines() or [repr(error)]
         job.stream.error = f"the engine failed: {lines[-1][:200]}"
         self.emit(job, [], "failed")
@@ -306,15 +316,17 @@ class Engine(ABC):
         else:
             due = {stream: item for stream, item in self._outbox.items() if item[1] is not None or not stream.begun}
         self._outbox = {stream: item for stream, item in self._outbox.items() if stream not in due}
+        patient = len(self.running) >= MANY or any(tokens and not stream.begun for stream, (tokens, _) in due.items())
         by_loop: dict[asyncio.AbstractEventLoop, Outbox] = {}
         for stream, item in due.items():
-            stream.begun = True
-            by_loop.setdefault(stream.loop, {})[stream] = item
+            stream.begun = stream.begun or bool(item[0])
+            if stream.loop is not None:
+                by_loop.setdefault(stream.loop, {})[stream] = item
         for loop, items in by_loop.items():
             if not loop.is_closed():
                 passed_on = threading.Event()
                 loop.call_soon_threadsafe(_put_all, items, passed_on)
-                if len(self.running) >= MANY:
+                if patient:
                     passed_on.wait(PATIENCE_SECONDS)
 
 
@@ -325,7 +337,10 @@ def _put_all(items: Outbox, passed_on: threading.Event) -> None:
 
 
 def _after(hops: int, passed_on: threading.Event) -> None:
-    """Set the event after so many rounds of the event loop: from a stream's reader to the socket it takes that many."""
+    """Set the event after so many rounds of the event loop: from a stream's reader to the socket it takes that many.
+
+    A first token takes the most (seven): until it comes, the status of its reply is not sent either.
+    """
     if hops:
         asyncio.get_running_loop().call_soon(_after, hops - 1, passed_on)
     else:

@@ -19,7 +19,7 @@ Three things it cannot do are done around it, in the open:
 With a `draft` a smaller model proposes DRAFT_TOKENS tokens, of which a step of the large one keeps those it would have said
 itself (speculative.py). A prompt must then enter in one step: the engine (2026.4) says tokens twice when one is cut in two.
 
-A step holds Python's interpreter lock, so the HTTP side runs between steps; a step uses all cores anyway. A `seed` is
+A step holds Python's interpreter lock, so the server gives this engine a process of its own (engine_process.py). A `seed` is
 reproducible only while nothing else is sampled: the engine has one random generator for all requests.
 """
 
@@ -84,6 +84,7 @@ class OpenVinoEngine(Engine):
     ) -> None:  # fmt: skip
         super().__init__(max_running, max_waiting)
         self.draft = draft
+        self.config = AutoConfig.from_pretrained(path.parent)
         self.path, self.tokenizer, self.stops, self.cache_mb = path, tokenizer, stops, cache_mb
         self.pipeline: Any = None
         self.scorer: Any = None
@@ -100,7 +101,6 @@ class OpenVinoEngine(Engine):
     # --- loading ---
 
     def do_load(self) -> None:
-        self.config = AutoConfig.from_pretrained(self.path.parent)
         size, spare = block_bytes(self.config), 1
         if self.draft is not None:  # it has a cache of as many blocks; proposals may take one more for each request
             size, spare = size + block_bytes(AutoConfig.from_pretrained(self.draft)), 1 + self.max_running

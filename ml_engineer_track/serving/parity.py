@@ -18,6 +18,9 @@ from shared.chat import Message
 from shared.errors import UserError
 from shared.handoff import Golden
 
+#: a place, the token expected there and the one found; None is the end
+Difference = tuple[int, int | None, int | None]
+
 
 async def greedy(engine: Engine, prompt: list[int], max_tokens: int) -> list[int]:
     """One greedy reply, alone in the engine. RuntimeError when the engine fails."""
@@ -41,17 +44,26 @@ async def check(engine: Engine, tokenizer: PreTrainedTokenizerBase, name: str, g
     for number, wanted in enumerate(golden, start=1):
         got = (await replies(engine, tokenizer, [wanted.messages], wanted.max_tokens))[0]
         if difference := first_difference(wanted.token_ids, got):
-            place, expected, found = difference
-            said = [repr(tokenizer.decode([i])) if i is not None else "the end" for i in (expected, found)]
-            raise UserError(
-                f"golden prompt {number} of {len(golden)} ({wanted.messages[-1]['content'].splitlines()[-1][:60]!r}) is answered "
-                f"differently from token {place + 1} on: {said[1]} instead of {said[0]}",
-                f"variant {name}",
+            raise differs(
+                tokenizer, number, len(golden), wanted, difference, f"variant {name}",
                 "Do not serve it; publish the model again on this machine",
-            )
+            )  # fmt: skip
 
 
-def first_difference(expected: Sequence[int], found: Sequence[int]) -> tuple[int, int | None, int | None] | None:
+def differs(
+    tokenizer: PreTrainedTokenizerBase, number: int, of: int, wanted: Golden, difference: Difference, where: str, fix: str
+) -> UserError:
+    """What to say of golden prompt `number` of `of`."""
+    place, expected, found = difference
+    said = [repr(tokenizer.decode([i])) if i is not None else "the end" for i in (expected, found)]
+    return UserError(
+        f"golden prompt {number} of {of} ({wanted.messages[-1]['content'].splitlines()[-1][:60]!r}) is answered "
+        f"differently from token {place + 1} on: {said[1]} instead of {said[0]}",
+        where, fix,
+    )  # fmt: skip
+
+
+def first_difference(expected: Sequence[int], found: Sequence[int]) -> Difference | None:
     """Place and tokens of the first difference; None when there is none."""
     for place, (a, b) in enumerate(zip_longest(expected, found)):
         if a != b:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import signal
 import socket
@@ -109,7 +110,7 @@ async def load_all(state: State, found: Sequence[Entry], limits: Limits) -> None
     """Load every model and check its golden replies; `state` is ready only after the last one."""
     for entry in found:
         state.not_ready = f"loading {entry.name}"
-        served = await asyncio.to_thread(build, entry, limits)
+        served = await asyncio.to_thread(build, entry, limits, own_process=True)
         await asyncio.to_thread(served.engine.start)
         state.models[entry.name] = served  # closed with the rest when the check fails
         state.not_ready = f"comparing {entry.name} with its golden replies"
@@ -117,5 +118,7 @@ async def load_all(state: State, found: Sequence[Entry], limits: Limits) -> None
         state.aliases |= {alias: entry.name for alias in entry.aliases if alias not in state.aliases}
         checked = f"{len(entry.golden)} golden replies repeated" if entry.golden else "no golden replies to compare with"
         print(f"{entry.name}: {served.engine.name}, {served.context} tokens of context, {checked}", flush=True)
+    gc.collect()
+    gc.freeze()  # libraries and tokenizers stay; looking through them all takes longer than a step, again and again
     state.not_ready = ""
     print("ready", flush=True)

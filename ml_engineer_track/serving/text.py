@@ -35,6 +35,8 @@ class TextStream:
 
     def add(self, tokens: Sequence[Token]) -> Piece:
         """The text these tokens complete, up to the first stop text."""
+        if not self.stop:
+            return Piece("".join(self.decoder.step(self.backend, token.id) or "" for token in tokens), list(tokens))
         taken: list[Token] = []
         shown = ""
         for token in tokens:

@@ -117,6 +117,44 @@ def test_an_engine_that_fails_in_the_middle_of_a_stream_ends_it_with_an_error(
         list(client.chat.completions.create(**CHAT, stream=True))
 
 
+def test_the_first_word_is_on_its_way_before_the_engine_takes_another_step(
+    counting: Make, base_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine whose steps hold the interpreter would otherwise keep every word until its reply is whole."""
+    monkeypatch.setattr("ml_engineer_track.serving.engine.PATIENCE_SECONDS", 20)
+    engine = counting()
+    engine.fail_at = lambda e: bool(sum(range(300_000)) < 0)  # some milliseconds of arithmetic that cannot be interrupted
+    engine.do_begin = lambda job: setattr(job, "state", 1000)  # type: ignore[method-assign]  # from there on tokens are words
+    steps_before: list[int] = []
+
+    async def load(state: State) -> None: ...
+
+    state = State(not_ready="")
+    state.models["counting"] = served(engine, base_tokenizer)
+    body = json.dumps({**CHAT, "max_tokens": 200, "stream": True}).encode()
+
+    async def send(message: Any) -> None:
+        if b'"content": "' in message.get("body", b""):
+            steps_before.append(engine.steps)
+
+    async def run() -> None:
+        requests = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            return next(requests, None) or await asyncio.Event().wait()
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "method": "POST",
+            "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"", "root_path": "",
+            "scheme": "http", "headers": [(b"content-type", b"application/json")], "server": ("x", 80), "client": ("x", 1),
+        }  # fmt: skip
+        await create_app(state, load)(scope, receive, send)
+
+    asyncio.run(run())
+    assert steps_before[0] == 1
+    assert steps_before[-1] == 200
+
+
 def test_nothing_is_answered_before_the_models_are_ready(base_tokenizer: PreTrainedTokenizerBase) -> None:
     async def never(state: State) -> None:
         await asyncio.sleep(60)
