@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB
+export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB ENGINE WORKERS STRATEGY
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop bench report compare fit bench-peers load soak faults pretrain datasheet test test-all lint format clean distclean
@@ -28,7 +28,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PIP) -c torch.txt -c constraints.txt -e '.[dev]'
 	@touch $@
 
-ml: setup ## ML track: leaflets -> LoRA -> 4-bit -> evaluated, measured, published. PRESET=, MODEL=, METHOD=qlora, VRAM_GB=8
+ml: setup ## ML track: leaflets -> LoRA -> 4-bit -> evaluated, measured, published. PRESET=, MODEL=, METHOD=qlora, VRAM_GB=8, ENGINE=torchrun|ray WORKERS=2
 	@$(BIN)/python -m ml_engineer_track run
 
 quantize: setup ## fewer bits: without BITS the 4- and 8-bit variants; BITS=2, 3, 4 or mixed: the study below 4 bits, that model repaired

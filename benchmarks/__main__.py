@@ -167,6 +167,31 @@ def faults(only: Annotated[str, typer.Option(help="comma-separated faults (defau
     f.show(f.faults(settings, _words(only)), settings.artifacts / "reports")
 
 
+@app.command()
+def scaling(
+    workers: Annotated[int, typer.Option(help="processes that share a step's rows")] = 2,
+    steps: Annotated[int, typer.Option(min=5, help="measured steps of each group")] = 40,
+    out: Annotated[Path | None, typer.Option(help="result file (default: artifacts/benchmarks/<time>-scaling.json)")] = None,
+) -> None:
+    """Fine-tuning by one worker and by several on this machine, and what the interconnect model makes of it."""
+    from benchmarks import runner
+    from benchmarks import scaling as s
+
+    result, path = s.run(workers, steps, out)
+    print(s.measured_table(result))
+    print(f"results: {path}")
+    print(json.dumps(runner.summary(result, path)))
+
+
+@app.command(name="cluster-page")
+def cluster_page() -> None:
+    """Fill docs/cluster.md from the published run of `scaling` and the interconnect model."""
+    from benchmarks import scaling as s
+
+    s.write_page()
+    print("docs/cluster.md: " + ", ".join(s.page_texts()))
+
+
 def use_device(device: str) -> None:
     """Must happen before torch is imported: hides the GPUs when the CPU is asked for."""
     if device not in ("", "cpu", "cuda"):

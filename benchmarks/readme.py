@@ -54,12 +54,12 @@ def blocks() -> dict[str, str]:
     }
 
 
-def fill(page: str) -> str:
-    """The page with every block replaced. UserError when it lacks the marks of one."""
-    for name, text in blocks().items():
+def fill(page: str, texts: dict[str, str] | None = None, name_of_page: str = "README.md") -> str:
+    """The page with every block replaced (default: `blocks()`). UserError when it lacks the marks of one."""
+    for name, text in (blocks() if texts is None else texts).items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if begin not in page or end not in page:
-            raise UserError(f"the marks of {name!r} are missing", "README.md", f"Put {begin} and {end} around its place")
+            raise UserError(f"the marks of {name!r} are missing", name_of_page, f"Put {begin} and {end} around its place")
         before, rest = page.split(begin, 1)
         page = f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
     return page

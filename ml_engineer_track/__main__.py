@@ -41,6 +41,19 @@ def curate(preset: Preset = None, model: Model = None) -> None:
         print(json.dumps(asdict(p.curate_stage(stages, p.train_ranker_stage(stages))), indent=2, default=str))
 
 
+@app.command(name="curate-corpus")
+def curate_corpus(
+    shards: Annotated[Path, typer.Argument(help="folder of *.jsonl files with rows as in datasets/questions.jsonl")],
+    into: Annotated[Path, typer.Option(help="folder for the rows that stay and the quarantine")],
+    preset: Preset = None,
+) -> None:
+    """Drop malformed and repeated questions from a corpus larger than memory, by Ray Data. Needs the extra [ray]."""
+    from ml_engineer_track import curate_ray as c
+
+    done = c.curate_corpus(shards, into, load_settings(preset).curate.near_duplicate)
+    print(json.dumps(asdict(done), default=str))
+
+
 @app.command()
 def finetune(preset: Preset = None, model: Model = None, method: Method = None) -> None:
     """Train a LoRA adapter on the curated rows."""

@@ -11,15 +11,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
+from ml_engineer_track.distributed import is_first
 from shared.errors import UserError
 from shared.files import replace_folder, write_json
 
 #: Writes weights into a folder, or reads them from one.
 Weights = Callable[[Path], Any]
+
+
+class Optimizer(Protocol):
+    """An optimiser, or what collects its state from several workers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -40,18 +49,23 @@ class Progress:
         self.looks_without_gain = 0 if loss < self.best else self.looks_without_gain + 1
         if loss < self.best:
             self.best = loss
-            replace_folder(work / "best", write)
+            if is_first():
+                replace_folder(work / "best", write)
 
-    def save(self, write: Weights, optimizer: torch.optim.Optimizer, work: Path) -> None:
+    def save(self, write: Weights, optimizer: Optimizer, work: Path) -> None:
+        """Write the checkpoint, in place of the last one. Of several workers all must call this, and the first one writes."""
+        moments = optimizer.state_dict()
+
         def whole(folder: Path) -> None:
             write(folder)
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            torch.save(moments, folder / "optimizer.pt")
             write_json(folder / "state.json", vars(self))
 
-        replace_folder(work / "checkpoint", whole)
+        if is_first():
+            replace_folder(work / "checkpoint", whole)
 
     @classmethod
-    def resume(cls, read: Weights, optimizer: torch.optim.Optimizer, work: Path) -> Self:
+    def resume(cls, read: Weights, optimizer: Optimizer, work: Path) -> Self:
         """The last whole checkpoint, weights and optimiser put back; a fresh start when there is none."""
         # A kill between the two renames of `replace_folder` leaves the last checkpoint under its old name.
         folder = next((f for f in (work / "checkpoint", work / "checkpoint.old") if (f / "state.json").exists()), None)

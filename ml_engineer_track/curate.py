@@ -43,6 +43,8 @@ from shared.versions import datasets_version
 
 #: Times a harmful request is shown in training, each time with other leaflets: few rows, and the gravest mistakes.
 HARMFUL_SHOWN = 3
+#: Hash functions of a MinHash signature.
+PERMUTATIONS = 64
 Skill = Literal["answer", "decide", "clarify", "judge"]
 
 
@@ -353,8 +355,13 @@ def _load(datasets: Path, file: str, kind: type[lib.Row], library: lib.Library, 
             quarantine.append({"file": file, "id": row.id, "reason": "duplicate id"})
         else:
             seen.add(row.id)
-            kept.append(row.model_copy(update={k: normalise(v) for k, v in row if isinstance(v, str)}))
+            kept.append(cleaned(row))
     return kept
+
+
+def cleaned(row: Any) -> Any:
+    """The row with every text normalised."""
+    return row.model_copy(update={k: normalise(v) for k, v in row if isinstance(v, str)})
 
 
 def normalise(text: str) -> str:
@@ -365,13 +372,11 @@ def normalise(text: str) -> str:
 
 def _drop_duplicates(questions: list[lib.Question], threshold: float, quarantine: list[dict[str, Any]]) -> list[lib.Question]:
     """Exact repeats and near repeats (MinHash over word triples, Broder 1997). Test rows are seen first and stay."""
-    index = MinHashLSH(threshold=threshold, num_perm=64)
+    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     kept: list[lib.Question] = []
     exact: dict[str, str] = {}
     for question in sorted(questions, key=lambda q: lib.SPLITS[::-1].index(q.split)):
-        words = re.findall(r"[a-z0-9']+", question.question.lower())
-        text, signature = " ".join(words), MinHash(num_perm=64)
-        signature.update_batch([" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))])
+        text, signature = fingerprint(question.question)
         twin = exact.get(text) or next(iter(index.query(signature)), None)
         if twin:
             reason = "exact duplicate" if text in exact else "near duplicate"
@@ -381,6 +386,14 @@ def _drop_duplicates(questions: list[lib.Question], threshold: float, quarantine
         index.insert(question.id, signature)
         kept.append(question)
     return sorted(kept, key=lambda q: q.id)
+
+
+def fingerprint(text: str) -> tuple[str, MinHash]:
+    """What an exact repeat shares, the words alone, and what a near repeat nearly shares, the MinHash of their triples."""
+    words = re.findall(r"[a-z0-9']+", text.lower())
+    signature = MinHash(num_perm=PERMUTATIONS)
+    signature.update_batch([" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))])
+    return " ".join(words), signature
 
 
 def _fit(rows: list[Row], tokenizer: Any, limit: int, quarantine: list[dict[str, Any]]) -> list[Row]:

@@ -10,7 +10,7 @@ Three things make this loop faster than `transformers.Trainer` with its default 
 batch, so little is padding; rows are padded on the *left*, so all replies end at the same place and logits are computed
 for the reply only; and weights are held in bf16 where the device multiplies bf16 natively.
 The loop writes a checkpoint every few steps. Started again after a crash it goes on from there, with the same data in
-the same order.
+the same order. Several workers (`launch.py` starts them) each take their share of every step's rows (`distributed.py`).
 """
 
 from __future__ import annotations
@@ -22,22 +22,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track.checkpoint import Progress
 from ml_engineer_track.curate import CuratedData, Row
+from ml_engineer_track.distributed import (
+    WholeOptimizer,
+    adapter_writer,
+    exchange,
+    is_first,
+    need_agreement,
+    rank,
+    read_adapter,
+    shard,
+    spread,
+    total,
+    world_size,
+)
 from ml_engineer_track.models import load_model, load_tokenizer, prompt_text, without_cpu_fast_path
 from ml_engineer_track.progress import progress
 from shared.chat import choices
 from shared.errors import UserError
-from shared.files import need_disk, replace_folder, write_json
+from shared.files import need_disk, write_json
 from shared.hardware import compute_dtype, device, matmul_peak, synchronize
 from shared.settings import Finetune, Settings
 
@@ -74,6 +85,10 @@ class Example:
         return len(self.weights)
 
 
+#: What a worker goes through when a step's rows do not go round: nothing is learnt from it.
+SILENT = Example([0, 0], [0.0])
+
+
 @dataclass(frozen=True)
 class Batch:
     """Left-padded tensors, all (rows, length); only the last `keep` positions hold replies. `weights` is 0 elsewhere."""
@@ -93,7 +108,8 @@ class Batch:
 def finetune(settings: Settings, data: CuratedData, watch: Callable[[int, float], Any] | None = None) -> Tuned:
     """Train an adapter for `settings.model` on `data`, in `settings.work/finetune`. Resumes what it finds there.
 
-    `watch` gets the step and the validation loss of every look; what it raises ends the run.
+    `watch` gets the step and the validation loss of every look; what it raises ends the run. In a process group every worker
+    calls this with the same arguments; `settings.work` is one folder for all, and the first of them writes it.
     """
     options, work = settings.finetune, settings.work / "finetune"
     need_disk(work, 200_000_000)
@@ -106,42 +122,48 @@ def finetune(settings: Settings, data: CuratedData, watch: Callable[[int, float]
     validation = batches(encode(data.rows("validation"), tokenizer, options.choice_weight), at_once, tokenizer.pad_token_id)
     plan = plan_batches(train, options, settings.seed)
 
+    torch.manual_seed(settings.seed + rank())  # the adapter begins the same on every worker, dropout falls elsewhere
+    trained = spread(model, settings.strategy)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.learning_rate, fused=True)
-    state = Progress.resume(partial(_read_adapter, model), optimizer, work)
+    whole = WholeOptimizer(optimizer)
+    state = Progress.resume(partial(read_adapter, model), whole, work)
     first, started, seen, waited = state.step, time.perf_counter(), 0, 0.0
-    if first:
+    need_agreement(first, work)
+    if first and is_first():
         print(f"  finetune: resuming at step {first} of {len(plan)}, from {work / 'checkpoint'}")
     pieces = 1
     flops = 0.0
     with progress("finetune", total=len(plan), start=first) as bar:
         for step in range(first, len(plan)):
             before = time.perf_counter()
-            batch = collate([train[i] for i in plan[step]], tokenizer.pad_token_id)
+            rows = [train[i] for i in plan[step]]
+            batch = collate(shard(rows, SILENT), tokenizer.pad_token_id)
             waited += time.perf_counter() - before
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * schedule(step, len(plan), options.warmup_share)
-            asked = max(pieces, math.ceil(len(batch.ids) / max(1, at_once // batch.ids.shape[1])))
-            loss, fitted = backward(model, batch, asked)
+            longest = max(len(row.ids) for row in rows)  # of all workers' rows: they must make equally many passes
+            asked = max(pieces, math.ceil(len(batch.ids) / max(1, at_once // longest)))
+            loss, fitted = backward(trained, batch, asked, sum(sum(row.weights) for row in rows))
             pieces = fitted if fitted > asked else pieces
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seen += int(batch.mask.sum())
-            flops += int(batch.mask.sum()) * lora_flops_per_token(model)
-            state.step, state.loss = step + 1, [*state.loss, loss]
+            tokens = sum(len(row.ids) for row in rows)
+            seen += tokens
+            flops += tokens * lora_flops_per_token(model)
+            state.step, state.loss = step + 1, [*state.loss, total(loss)]
             if (step + 1) % options.evaluate_every == 0 or step + 1 == len(plan):
-                state.look(validation_loss(model, validation), model.save_pretrained, work, "finetune.learning_rate")
+                state.look(validation_loss(trained, validation), adapter_writer(model), work, "finetune.learning_rate")
                 if watch:
                     watch(step + 1, state.validation[-1]["loss"])
-            bar.update(1, loss=f"{loss:.2f}", best=f"{state.best:.3f}" if state.validation else "-")
+            bar.update(1, loss=f"{state.loss[-1]:.2f}", best=f"{state.best:.3f}" if state.validation else "-")
             if (step + 1) % options.checkpoint_every == 0:
-                state.save(model.save_pretrained, optimizer, work)
+                state.save(adapter_writer(model), whole, work)
             if state.looks_without_gain >= options.patience:
                 break
     synchronize(target)
     seconds = max(time.perf_counter() - started, 1e-9)
-    _write_adapter_config(model, work / "best")
-    peak = matmul_peak(target, compute_dtype(target))
+    peak = matmul_peak(target, compute_dtype(target)) * world_size()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = Tuned(
         adapter=str(work / "best"), base=settings.model_path, method=options.method, steps=state.step,
@@ -149,8 +171,9 @@ def finetune(settings: Settings, data: CuratedData, watch: Callable[[int, float]
         validation=state.validation, loss=state.loss, seconds=seconds, tokens_per_second=seen / seconds,
         data_wait_share=waited / seconds, mfu=flops / seconds / peak, trainable_share=trainable / model.num_parameters(),
     )  # fmt: skip
-    write_json(work / "training.json", asdict(result))
-    shutil.rmtree(work / "checkpoint", ignore_errors=True)
+    if is_first():
+        write_json(work / "training.json", asdict(result))
+        shutil.rmtree(work / "checkpoint", ignore_errors=True)
     return result
 
 
@@ -234,7 +257,8 @@ def bucket(examples: Sequence[Example], batch_tokens: int, batch_rows: int | Non
 
 
 def batches(examples: Sequence[Example], batch_tokens: int, pad: int) -> list[Batch]:
-    return [collate([examples[i] for i in group], pad) for group in bucket(examples, batch_tokens)]
+    """All examples, or this worker's share of them, in batches of rows of like length."""
+    return [collate(shard([examples[i] for i in group], SILENT), pad) for group in bucket(examples, batch_tokens)]
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
@@ -273,24 +297,30 @@ def reply_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return logits[:, :-1]
 
 
-def backward(model: torch.nn.Module, batch: Batch, pieces: int) -> tuple[float, int]:
+def backward(model: torch.nn.Module, batch: Batch, pieces: int, weight: float | None = None) -> tuple[float, int]:
     """Gradients of the mean reply loss of a batch, in `pieces` parts; too little memory halves the parts and says so.
 
-    Returns the loss and the number of parts that fitted. The gradient does not depend on the number of parts.
-    UserError when a single row does not fit.
+    `weight` is what the losses of all workers' rows weigh together, when this batch is one worker's share of a step. Returns
+    the loss (the share's part of the mean) and the number of parts that fitted. The gradient does not depend on the number of
+    parts or workers. UserError when a single row does not fit.
     """
-    total = float(batch.weights.sum())
+    weight = weight or float(batch.weights.sum())
     while True:
         try:
             loss = 0.0
-            for part in batch.split(pieces):
-                summed, _ = reply_losses(model, part)
-                (summed / total).backward()
+            parts = batch.split(pieces)
+            for number, part in enumerate(parts, start=1):
+                with exchange(model, now=number == len(parts)):
+                    summed, _ = reply_losses(model, part)
+                    (summed * world_size() / weight).backward()  # workers' gradients are averaged; this makes it their sum
                 loss += float(summed.detach())
-            return loss / total, pieces
+            return loss / weight, pieces
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+            if world_size() > 1:  # the others are in the middle of an exchange, and cannot begin again
+                where = f"a worker's {len(batch.ids)} rows of {batch.ids.shape[1]} tokens"
+                raise UserError("not enough memory", where, "Set VRAM_GB, or use more WORKERS") from None
             model.zero_grad(set_to_none=True)
             if pieces >= len(batch.ids):
                 where = f"a row of {batch.ids.shape[1]} tokens"
@@ -309,7 +339,7 @@ def validation_loss(model: torch.nn.Module, validation: Sequence[Batch]) -> floa
     model.eval()
     sums = [reply_losses(model, batch) for batch in validation]
     model.train()
-    return sum(float(loss) for loss, _ in sums) / sum(n for _, n in sums)
+    return total(sum(float(loss) for loss, _ in sums)) / total(sum(n for _, n in sums))
 
 
 def schedule(step: int, steps: int, warmup_share: float) -> float:
@@ -324,15 +354,6 @@ def lora_flops_per_token(model: PeftModel) -> float:
     """4 FLOPs per frozen weight (forward, and backward to the inputs) and 6 per trained one."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return 4.0 * (model.num_parameters() - trained) + 6.0 * trained
-
-
-def _read_adapter(model: PeftModel, folder: Path) -> None:
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-
-
-def _write_adapter_config(model: PeftModel, folder: Path) -> None:
-    if not folder.exists():
-        replace_folder(folder, lambda f: model.save_pretrained(f))
 
 
 def out_of_memory(error: RuntimeError) -> bool:

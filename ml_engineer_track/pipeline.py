@@ -24,7 +24,8 @@ from ml_engineer_track.benchmark import benchmark
 from ml_engineer_track.benchmark_training import training_throughput
 from ml_engineer_track.curate import CuratedData, curate
 from ml_engineer_track.evaluate import Scores, evaluate, evaluate_served
-from ml_engineer_track.finetune import Tuned, finetune
+from ml_engineer_track.finetune import Tuned
+from ml_engineer_track.launch import check, train
 from ml_engineer_track.low_bits import KNOWN_BITS, LAYOUT_FILE
 from ml_engineer_track.models import check_model_path, load_model, load_tokenizer
 from ml_engineer_track.publish import Published, publish
@@ -77,10 +78,9 @@ def curate_stage(stages: Stages, ranker: TrainedRanker) -> CuratedData:
 
 def finetune_stage(stages: Stages, data: CuratedData) -> Tuned:
     s = stages.settings = fit_to_vram(stages.settings, data)
-    options = [s.finetune.model_dump(), s.seed, s.model]
-    return stages.run(
-        "finetune", Tuned, lambda: finetune(s, data), _weights(s), ("finetune.py", "checkpoint.py", "models.py"), options
-    )
+    options = [s.finetune.model_dump(), s.seed, s.model, s.engine, s.workers, s.strategy]
+    code = ("finetune.py", "distributed.py", "launch.py", "checkpoint.py", "models.py")
+    return stages.run("finetune", Tuned, lambda: train(s, data), _weights(s), code, options)
 
 
 def quantize_stage(stages: Stages, tuned: Tuned) -> Variants:
@@ -228,6 +228,7 @@ class Stages:
 def locked_stages(settings: Settings) -> Iterator[Stages]:
     """The stages of a run, locked: two runs in one working folder would overwrite each other, so the second is refused."""
     check_model_path(settings.model_path)
+    check(settings)
     with locked(settings.work, "another run is using this working folder"):
         yield Stages(settings.with_its_data())
 

@@ -219,16 +219,21 @@ def read_rows(datasets: Path, file: str, kind: type[R]) -> tuple[list[R], list[B
     rows: list[R] = []
     bad: list[BadRow] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            rows.append(kind.model_validate_json(line))
-        except UnicodeDecodeError:
-            bad.append(BadRow(file, number, raw.decode("utf-8", "replace"), "not UTF-8"))
-        except ValidationError as error:
-            bad.append(BadRow(file, number, line, _first_problem(error)))
+        if raw.strip():
+            row = read_row(raw, file, number, kind)
+            bad.append(row) if isinstance(row, BadRow) else rows.append(row)
     return rows, bad
+
+
+def read_row(raw: bytes, file: str, number: int, kind: type[R]) -> R | BadRow:
+    """One line of a JSON-lines file, numbered from 1."""
+    try:
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        return kind.model_validate_json(line)
+    except UnicodeDecodeError:
+        return BadRow(file, number, raw.decode("utf-8", "replace"), "not UTF-8")
+    except ValidationError as error:
+        return BadRow(file, number, line, _first_problem(error))
 
 
 def row_problems(row: Row, library: Library) -> list[str]:

@@ -30,6 +30,9 @@ OVERRIDES = {
     "DATASETS": ("datasets",),
     "ARTIFACTS": ("artifacts",),
     "VRAM_GB": ("vram_gb",),
+    "ENGINE": ("engine",),
+    "WORKERS": ("workers",),
+    "STRATEGY": ("strategy",),
 }
 
 
@@ -177,6 +180,10 @@ class Settings(_Strict):
     datasets: Path = ROOT / "datasets"
     families: float = Field(default=1.0, gt=0, le=1)
     vram_gb: float | None = Field(default=None, gt=0)
+    # Who trains: this process, or workers that torchrun or Ray starts (ml_engineer_track/launch.py).
+    engine: Literal["local", "torchrun", "ray"] = "local"
+    workers: int = Field(default=1, gt=0)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     curate: Curate
     finetune: Finetune
     tune: Tune

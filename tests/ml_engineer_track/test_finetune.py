@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ml_engineer_track import finetune as ft
@@ -372,7 +373,7 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def adapter(tuned: Tuned) -> dict[str, torch.Tensor]:
-    return dict(ft.load_file(Path(tuned.adapter) / "adapter_model.safetensors"))
+    return dict(load_file(Path(tuned.adapter) / "adapter_model.safetensors"))
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_losses_of_an_untroubled_one(

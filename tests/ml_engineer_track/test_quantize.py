@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ml_engineer_track import finetune as ft
@@ -105,7 +106,7 @@ def test_embeddings_stay_tied_and_are_stored_once(variants: q.Variants, name: st
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
     config = json.loads((Path(variants.folders[name]) / "config.json").read_text(encoding="utf-8"))
     assert config["tie_word_embeddings"] is True
-    stored = {key for file in Path(variants.folders[name]).glob("*.safetensors") for key in ft.load_file(file)}
+    stored = {key for file in Path(variants.folders[name]).glob("*.safetensors") for key in load_file(file)}
     assert "model.embed_tokens.weight" in stored
     assert "lm_head.weight" not in stored
 

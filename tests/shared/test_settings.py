@@ -117,12 +117,16 @@ GIVEN = {
     "DATASETS": "/some/data",
     "ARTIFACTS": "/some/results",
     "VRAM_GB": "8.0",
+    "ENGINE": "torchrun",
+    "WORKERS": "4",
+    "STRATEGY": "fsdp",
 }
 
 
 def overridden(loaded: Settings) -> dict[str, str]:
     values = (loaded.model, loaded.finetune.method, loaded.seed, loaded.datasets, loaded.artifacts, loaded.vram_gb)
-    return dict(zip(GIVEN, map(str, values), strict=True))
+    trained_by = (loaded.engine, loaded.workers, loaded.strategy)
+    return dict(zip(GIVEN, map(str, (*values, *trained_by)), strict=True))
 
 
 @pytest.mark.parametrize("variable", OVERRIDES)
