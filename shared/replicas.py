@@ -118,6 +118,7 @@ def need_ray() -> tuple[Any, Any]:
     """Ray and Ray Serve, which are an extra. UserError when they are not installed."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to anybody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets every other program go before the people who wait
     try:
         import ray
         from ray import serve
