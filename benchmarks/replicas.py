@@ -231,16 +231,17 @@ async def until(true: Callable[[], bool], else_: str) -> None:
 def running(name: str, replicas: int) -> Iterator[Side]:
     """The command of a side, as a user starts it, on a copy of the published artifacts."""
     source = Path(os.environ.get("ARTIFACTS") or ROOT / "artifacts")
-    version = handoff.current(source / "models")
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         side = Side(
             name, f"http://127.0.0.1:{port}", Path(folder) / "artifacts" / "logs" / "replicas" / name, Path(folder) / "log",
             Path(folder) / "artifacts", Path(folder) / "corpus",
         )  # fmt: skip
-        shutil.copytree(version, side.artifacts / "models" / version.name)
-        handoff.set_current(side.artifacts / "models", version.name)
-        shutil.copytree(DATASETS / "health_library", side.corpus)
+        if name == "inference" or not os.environ.get("LLM_BASE_URL"):
+            version = handoff.current(source / "models")
+            shutil.copytree(version, side.artifacts / "models" / version.name)
+            handoff.set_current(side.artifacts / "models", version.name)
+        shutil.copytree(os.environ.get("CORPUS") or DATASETS / "health_library", side.corpus)
         command = [sys.executable, "-m", f"{SIDES[name].track}", "serve-ray", "--replicas", str(replicas)]
         command += ["--port", str(port)] if name == "inference" else []
         with side.log.open("wb") as output:
