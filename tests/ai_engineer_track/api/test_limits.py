@@ -132,8 +132,8 @@ def test_nothing_but_the_page_is_served_as_a_file(client: TestClient, path: str)
 
 def in_another_process(path: Path, session_id: str, then: str) -> subprocess.Popen[str]:
     """A process that has taken the conversation's place (it says so), and then does `then`."""
-    code = f"import time; from pathlib import Path; from ai_engineer_track.api.limits import Gate; g = Gate(9, Path({str(path)!r})); "
-    code += f"g.enter({session_id!r}); print('in', flush=True); {then}"
+    code = "import time; from pathlib import Path; from ai_engineer_track.api.limits import Gate; "
+    code += f"gate = Gate(9, Path({str(path)!r})); gate.enter({session_id!r}); print('in', flush=True); {then}"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "in\n"

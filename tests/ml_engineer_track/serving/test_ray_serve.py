@@ -1,4 +1,4 @@
-"""Two replicas of the inference server as a user starts them: a kill, an update and a bad version, with people asking all the while."""
+"""Two replicas of the inference server as a user starts them: a kill, an update, a bad version, and people who ask meanwhile."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started(artifact: Path)
 @pytest.mark.anyio
 async def test_a_replica_of_a_version_that_says_something_else_is_not_opened(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "m-test")
-    with pytest.raises(UserError, match="golden prompt 1 of 2 .* is answered differently from token 1 on"):
+    with pytest.raises(UserError, match=r"golden prompt 1 of 2 .* is answered differently from token 1 on"):
         await open_replica(spoilt(tmp_path / "m-test", "m-bad"), ["q8_0"], "auto", tmp_path, LIMITS)
 
 
