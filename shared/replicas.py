@@ -17,6 +17,7 @@ Each replica keeps a journal of requests, so that after a crash somebody can say
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -35,6 +36,7 @@ from shared.errors import UserError
 
 #: Which replica answered; a client may send REQUEST_ID, and finds its request in the journal under it.
 REPLICA_HEADER, REQUEST_ID = "X-Replica", "X-Request-ID"
+APPLICATION, DEPLOYMENT = "service", "replicas"
 POLL_SECONDS = 1.0
 #: A replica is asked after its health so often, and is given up after so long without an answer, in seconds.
 HEALTH_PERIOD, HEALTH_TIMEOUT = 1.0, 30.0
@@ -142,9 +144,10 @@ def _cluster(plan: Plan) -> Iterator[None]:
             ray.init(
                 address="local", num_cpus=plan.places, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
             )
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"Ray does not start ({str(error).splitlines()[0]})", address or "this machine", "") from None
+    except Exception as error:  # plain ones, too: a machine that is too busy to start it within half a minute
+        raise UserError(f"Ray does not start ({str(error).splitlines()[0]})", address or "this machine", "Try again") from None
     signal.signal(signal.SIGTERM, _stopped)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(
             proxy_location="EveryNode", http_options={"host": plan.host, "port": plan.port},
@@ -178,15 +181,16 @@ def _deploy(plan: Plan, open_replica: Open, version: str, arguments: tuple[Any, 
     scale = {"min_replicas": plan.replicas, "max_replicas": plan.most, "target_ongoing_requests": max(1, plan.ongoing // 2)}
     replicas = {"num_replicas": plan.replicas} if plan.most == plan.replicas else {"autoscaling_config": scale}
     deployment = serve.deployment(serve.ingress()(Replica)).options(
-        name="replicas", version=version, max_ongoing_requests=plan.ongoing, max_queued_requests=plan.waiting,
+        name=DEPLOYMENT, version=version, max_ongoing_requests=plan.ongoing, max_queued_requests=plan.waiting,
         ray_actor_options={"num_cpus": 1, "num_gpus": plan.gpus}, max_surge_percent=SURGE_PERCENT,
         max_constructor_retry_count=TRIES, health_check_period_s=HEALTH_PERIOD, health_check_timeout_s=HEALTH_TIMEOUT,
         graceful_shutdown_timeout_s=DRAIN_SECONDS, graceful_shutdown_wait_loop_s=0.5, **replicas,
     )  # fmt: skip
     try:
-        serve.run(deployment.bind(), name="service", route_prefix="/")
-    except RuntimeError as error:
-        told = re.findall(r"UserError: (.+)", str(error)) or str(error).strip().splitlines()
+        serve.run(deployment.bind(), name=APPLICATION, route_prefix="/")
+    except RuntimeError:
+        why = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].message.strip()
+        told = re.findall(r"UserError: (.+)", why) or why.splitlines()
         raise UserError(f"no replica of {version} can serve: {told[-1].strip()}") from None
 
 

@@ -36,6 +36,8 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+#: lock, but do not wait for it
+TRY = fcntl.LOCK_EX | fcntl.LOCK_NB
 HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -157,7 +159,7 @@ class Gate:
 
     def enter(self, session_id: str) -> None:
         """HTTPException 409 or 503 (Retry-After) when there is no room; else `leave` must follow."""
-        if session_id in self.working or not self._lock(session_id, fcntl.LOCK_EX):
+        if session_id in self.working or not self._lock(session_id, TRY):
             raise HTTPException(409, "Your previous message is still being answered.", {"Retry-After": "1"})
         if len(self.working) >= self.limit:
             self._lock(session_id, fcntl.LOCK_UN)
@@ -171,7 +173,7 @@ class Gate:
 
     def busy(self, session_id: str) -> bool:
         """Is a message of this conversation being worked on, here or in another process?"""
-        if session_id in self.working or not self._lock(session_id, fcntl.LOCK_EX):
+        if session_id in self.working or not self._lock(session_id, TRY):
             return True
         self._lock(session_id, fcntl.LOCK_UN)
         return False
@@ -187,7 +189,7 @@ class Gate:
             return True
         place = int(hashlib.sha256(session_id.encode()).hexdigest()[:15], 16)
         try:
-            fcntl.lockf(self._file, how | fcntl.LOCK_NB, 1, place)
+            fcntl.lockf(self._file, how, 1, place)
         except OSError:
             return False
         return True
