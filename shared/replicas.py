@@ -181,7 +181,7 @@ def _deploy(plan: Plan, open_replica: Open, version: str, arguments: tuple[Any, 
     scale = {"min_replicas": plan.replicas, "max_replicas": plan.most, "target_ongoing_requests": max(1, plan.ongoing // 2)}
     replicas = {"num_replicas": plan.replicas} if plan.most == plan.replicas else {"autoscaling_config": scale}
     deployment = serve.deployment(serve.ingress()(Replica)).options(
-        name=DEPLOYMENT, version=version, max_ongoing_requests=plan.ongoing, max_queued_requests=plan.waiting,
+        name=DEPLOYMENT, max_ongoing_requests=plan.ongoing, max_queued_requests=plan.waiting,
         ray_actor_options={"num_cpus": 1, "num_gpus": plan.gpus}, max_surge_percent=SURGE_PERCENT,
         max_constructor_retry_count=TRIES, health_check_period_s=HEALTH_PERIOD, health_check_timeout_s=HEALTH_TIMEOUT,
         graceful_shutdown_timeout_s=DRAIN_SECONDS, graceful_shutdown_wait_loop_s=0.5, **replicas,
