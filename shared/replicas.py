@@ -44,6 +44,7 @@ HEALTH_PERIOD, HEALTH_TIMEOUT = 1.0, 30.0
 DRAIN_SECONDS = 120.0
 #: Extra replicas while a version is replaced, in percent (rounded up), and starts that may fail before the version is given up.
 SURGE_PERCENT, TRIES = 25, 2
+LOGGING = {"log_level": "ERROR", "enable_access_log": False}  # the journal is the access log
 JOURNAL_BYTES = 64 * 2**20
 #: Serve passes no large objects around; Ray would take 30 % of the memory for them.
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -151,7 +152,7 @@ def _cluster(plan: Plan) -> Iterator[None]:
     try:
         serve.start(
             proxy_location="EveryNode", http_options={"host": plan.host, "port": plan.port},
-            logging_config={"log_level": "ERROR", "enable_access_log": False},
+            logging_config=LOGGING,
         )  # fmt: skip
         yield
     except KeyboardInterrupt:
@@ -184,7 +185,8 @@ def _deploy(plan: Plan, open_replica: Open, version: str, arguments: tuple[Any, 
         name=DEPLOYMENT, max_ongoing_requests=plan.ongoing, max_queued_requests=plan.waiting,
         ray_actor_options={"num_cpus": 1, "num_gpus": plan.gpus}, max_surge_percent=SURGE_PERCENT,
         max_constructor_retry_count=TRIES, health_check_period_s=HEALTH_PERIOD, health_check_timeout_s=HEALTH_TIMEOUT,
-        graceful_shutdown_timeout_s=DRAIN_SECONDS, graceful_shutdown_wait_loop_s=0.5, **replicas,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS, graceful_shutdown_wait_loop_s=0.5, logging_config=LOGGING,
+        **replicas,
     )  # fmt: skip
     try:
         serve.run(deployment.bind(), name=APPLICATION, route_prefix="/")
