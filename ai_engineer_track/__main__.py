@@ -56,6 +56,18 @@ def serve(
         uvicorn.run(app, host=settings.api.host, port=settings.api.port, log_level="warning", server_header=False)
 
 
+@app.command(name="serve-ray")
+def serve_ray(
+    preset: Preset = None,
+    replicas: Annotated[int, typer.Option(min=1, help="how many services; with --max-replicas, how many at least")] = 2,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="as many when the load asks for it")] = None,
+) -> None:
+    """The service in several replicas, replaced one by one when the index has changed. Needs the extra [ray]."""
+    from ai_engineer_track.api.ray_serve import serve_ray as run_replicas
+
+    run_replicas(_settings(preset), replicas, max_replicas)
+
+
 @app.command()
 def ingest(preset: Preset = None) -> None:
     """Bring the index up to date with the corpus (CORPUS=folder for another one)."""

@@ -23,6 +23,7 @@ from shared.files import sha256_text
 
 log = logging.getLogger(__name__)
 KEPT = 2000
+BUSY_SECONDS = 5.0  # as long may another process be writing
 CACHEABLE = ("answer", "not_answered")
 TURNS_MEANING = re.compile(
     r"\d+|\b(no|not|never|without|can't|cannot|don't|isn't|avoid|stop|before|after|child|children|baby|babies|kid|kids|toddler|pregnant"
@@ -31,35 +32,52 @@ TURNS_MEANING = re.compile(
 
 
 class AnswerCache:
-    """One SQLite file. `version` names everything an answer depends on; other versions are never read, and removed at start."""
+    """One SQLite file. `version` names everything an answer depends on; other versions are never read, and removed at start.
+
+    Several processes may share the file: what the others added is found at the next look.
+    """
 
     def __init__(self, path: Path, version: str, threshold: float) -> None:
         self.version, self.threshold = version, threshold
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._meanings: dict[str, str] = {}
+        self._vectors: dict[str, Array] = {}
+        self._seen = 0
         try:
-            self._db, rows = self._open(path)
+            self._db = self._open(path)
         except sqlite3.DatabaseError:  # a damaged cache is worth nothing: begin anew
             path.unlink(missing_ok=True)
-            self._db, rows = self._open(path)
-        self._meanings = {key: means for key, means, _ in rows}
-        self._vectors = {key: np.frombuffer(vector, np.float32) for key, _, vector in rows}
+            self._db = self._open(path)
 
-    def _open(self, path: Path) -> tuple[sqlite3.Connection, list[tuple[str, str, bytes]]]:
+    def _open(self, path: Path) -> sqlite3.Connection:
         """What people asked is not kept, only hashes of it: deleting a conversation must not leave its words here."""
-        db = sqlite3.connect(path, check_same_thread=False)
+        db = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_SECONDS)
         columns = "key TEXT PRIMARY KEY, version TEXT, meaning TEXT, vector BLOB, turn TEXT, used REAL"
         db.execute(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
         db.execute("DELETE FROM answers WHERE version <> ?", (self.version,))
         db.commit()
-        return db, db.execute("SELECT key, meaning, vector FROM answers ORDER BY used").fetchall()
+        self._catch_up(db)
+        return db
+
+    def _catch_up(self, db: sqlite3.Connection) -> None:
+        """Learn the answers that were added since the last look, by whomever."""
+        news = "SELECT rowid, key, meaning, vector FROM answers WHERE rowid > ? AND version = ? ORDER BY rowid"
+        for number, key, means, vector in db.execute(news, (self._seen, self.version)):
+            self._seen = number
+            self._meanings[key], self._vectors[key] = means, np.frombuffer(vector, np.float32)
 
     def get(self, question: str, vector: Array) -> Turn | None:
         """The answer to this question or to one that means the same; None when there is none."""
         with self._lock:
-            exact = self._key(question)
-            key = exact if exact in self._meanings else self._similar(question, vector)
-            row = self._db.execute("SELECT turn FROM answers WHERE key = ?", (key,)).fetchone() if key else None
+            try:
+                self._catch_up(self._db)
+                exact = self._key(question)
+                key = exact if exact in self._meanings else self._similar(question, vector)
+                row = self._db.execute("SELECT turn FROM answers WHERE key = ?", (key,)).fetchone() if key else None
+            except sqlite3.Error as error:
+                log.warning("the cache could not be read: %s", error)
+                return None
             if row is None:
                 return None
             try:
@@ -79,12 +97,12 @@ class AnswerCache:
             try:
                 row = (key, self.version, means, stored.tobytes(), kept.model_dump_json(), time.time())
                 self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
-                self._meanings[key], self._vectors[key] = means, stored
-                while len(self._meanings) > KEPT:
-                    oldest = self._db.execute("SELECT key FROM answers ORDER BY used LIMIT 1").fetchone()[0]
-                    self._db.execute("DELETE FROM answers WHERE key = ?", (oldest,))
-                    self._meanings.pop(oldest), self._vectors.pop(oldest)
+                oldest = "SELECT key FROM answers ORDER BY used DESC LIMIT -1 OFFSET ?"
+                gone = self._db.execute(f"DELETE FROM answers WHERE key IN ({oldest}) RETURNING key", (KEPT,)).fetchall()
                 self._db.commit()
+                self._catch_up(self._db)
+                for (old,) in gone:
+                    self._meanings.pop(old, None), self._vectors.pop(old, None)
             except sqlite3.Error as error:
                 self._db.rollback()
                 log.warning("the answer could not be cached: %s", error)

@@ -364,6 +364,24 @@ def models(
         raise UserError(f"unknown action {action!r}", "models", "Use list, rollback, pin, unpin or gc")
 
 
+@app.command(name="serve-ray")
+def serve_ray(
+    model: Annotated[
+        Path | None, typer.Option(help="a published version or a model folder (default: the current version, followed)")
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="again for several at once (default: the manifest's choice)")] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="how many servers; with --max-replicas, how many at least")] = 2,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="as many when the load asks for it")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8001,
+) -> None:
+    """Serve a model in several replicas, and replace them one by one when a new version is published. Needs [ray]."""
+    from ml_engineer_track.serving.catalog import Limits
+    from ml_engineer_track.serving.ray_serve import serve_ray as run_replicas
+
+    run_replicas(model, variant or [], "auto", host, port, replicas, max_replicas, load_settings("tiny").artifacts, Limits())
+
+
 def main() -> int:
     """Run a command; see `run_app` for how it ends."""
     return run_app(app, "stopped; run the same command again to go on from the last checkpoint")

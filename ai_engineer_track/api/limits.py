@@ -6,12 +6,16 @@ the security headers and counts. Rate and concurrency are asked for by the route
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import hmac
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
@@ -31,6 +35,8 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+#: lock, but do not wait for it
+TRY = fcntl.LOCK_EX | fcntl.LOCK_NB
 HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -144,23 +150,51 @@ class RateLimit:
 class Gate:
     """Lets `limit` messages be worked on at once, and one for each conversation.
 
-    The counts change between two awaits only, so that an event loop needs no lock.
+    The counts change between two awaits only, so that an event loop needs no lock. With `path`, conversations are kept apart
+    from those in other processes, too: each locks a byte of that file, and the system lets go of it when a process dies.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, path: Path | None = None) -> None:
         self.limit = limit
         self.working: set[str] = set()
+        self._file = None if path is None else os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
 
     def enter(self, session_id: str) -> None:
         """HTTPException 409 or 503 (Retry-After) when there is no room; else `leave` must follow."""
-        if session_id in self.working:
+        if session_id in self.working or not self._lock(session_id, TRY):
             raise HTTPException(409, "Your previous message is still being answered.", {"Retry-After": "1"})
         if len(self.working) >= self.limit:
+            self._lock(session_id, fcntl.LOCK_UN)
             raise HTTPException(503, "Too many people are asking right now. Please try again in a moment.", {"Retry-After": "2"})
         self.working.add(session_id)
 
     def leave(self, session_id: str) -> None:
-        self.working.discard(session_id)
+        if session_id in self.working:
+            self.working.discard(session_id)
+            self._lock(session_id, fcntl.LOCK_UN)
+
+    def busy(self, session_id: str) -> bool:
+        """Is a message of this conversation being worked on, here or in another process?"""
+        if session_id in self.working or not self._lock(session_id, TRY):
+            return True
+        self._lock(session_id, fcntl.LOCK_UN)
+        return False
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _lock(self, session_id: str, how: int) -> bool:
+        """False when another process has it. Which byte follows from the name; the file stays empty."""
+        if self._file is None:
+            return True
+        place = int(hashlib.sha256(session_id.encode()).hexdigest()[:15], 16)
+        try:
+            fcntl.lockf(self._file, how, 1, place)
+        except OSError:
+            return False
+        return True
 
 
 def bearer(headers: Headers) -> str:

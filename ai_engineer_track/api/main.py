@@ -48,7 +48,7 @@ def create_app(
         sessions=sessions.SessionStore(settings.artifacts / "service" / "sessions.sqlite"),
         feedback=FeedbackStore(settings.artifacts / "feedback"),
         outcomes=OutcomeStore(settings.artifacts / "feedback"),
-        gate=Gate(settings.api.concurrency),
+        gate=Gate(settings.api.concurrency, settings.artifacts / "service" / "working.lock"),
         rate=RateLimit(settings.api.rate_per_minute),
         assistant=assistant,
         index=index,
@@ -69,6 +69,7 @@ def create_app(
                     log.error("%s", error)
             yield
         service.sessions.close()
+        service.gate.close()
 
     # The built-in documentation pages load scripts from elsewhere; /openapi.json describes the API.
     app = FastAPI(title="Two engineers, one model", lifespan=lifespan, docs_url=None, redoc_url=None)

@@ -187,7 +187,7 @@ async def history(session_id: OwnSession, service: ServiceDep) -> History:
 @router.delete("/sessions/{session_id}", status_code=204)
 async def delete(session_id: OwnSession, service: ServiceDep) -> None:
     """Forget the conversation: here and in the assistant's memory. Feedback stays; it names nobody."""
-    if session_id in service.gate.working:
+    if service.gate.busy(session_id):
         raise HTTPException(409, "A message is still being answered. Try again in a moment.", {"Retry-After": "1"})
     if service.assistant is not None:
         await service.assistant.forget(session_id)

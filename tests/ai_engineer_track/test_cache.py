@@ -72,6 +72,26 @@ def test_the_oldest_answers_make_room(cache, monkeypatch):
     assert cache.get("qa", np.eye(8, dtype=np.float32)[7]) is None
 
 
+def test_two_processes_share_their_answers(tmp_path):
+    """Two connections to one file, as two replicas have."""
+    one, other = (AnswerCache(tmp_path / "c.sqlite", "v1", 0.95) for _ in range(2))
+    one.put("What helps migraine?", ONE, TURN, personal=False)
+    assert other.get("what helps  MIGRAINE", FAR).text == TURN.text
+    assert other.get("what eases a migraine", NEAR).text == TURN.text
+    one.close()
+    other.close()
+
+
+def test_answers_of_others_make_room_and_are_made_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("ai_engineer_track.cache.KEPT", 3)
+    one, other = (AnswerCache(tmp_path / "c.sqlite", "v1", 0.95) for _ in range(2))
+    for i in range(8):
+        (one, other)[i % 2].put(f"q{'abcdefgh'[i]}", np.eye(8, dtype=np.float32)[i], TURN, personal=False)
+    assert [one.get(f"q{letter}", np.zeros(8, np.float32)) is not None for letter in "abcdefgh"] == [False] * 5 + [True] * 3
+    one.close()
+    other.close()
+
+
 def test_a_damaged_file_is_begun_anew(tmp_path):
     (tmp_path / "c.sqlite").write_bytes(b"this is no database" * 100)
     cache = AnswerCache(tmp_path / "c.sqlite", "v1", 0.95)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_assistant import Serve
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from ai_engineer_track.api.limits import OPEN_PATHS, RateLimit, same_token
+from ai_engineer_track.api.limits import OPEN_PATHS, Gate, RateLimit, same_token
 
 SECRET = SecretStr("s3cret-ü")
 
@@ -125,3 +128,41 @@ def test_nothing_but_the_page_is_served_as_a_file(client: TestClient, path: str)
     reply = client.get(path)
     assert reply.status_code == 404
     assert reply.json()["error"]["message"] == "There is nothing at this address."
+
+
+def in_another_process(path: Path, session_id: str, then: str) -> subprocess.Popen[str]:
+    """A process that has taken the conversation's place (it says so), and then does `then`."""
+    code = "import time; from pathlib import Path; from ai_engineer_track.api.limits import Gate; "
+    code += f"gate = Gate(9, Path({str(path)!r})); gate.enter({session_id!r}); print('in', flush=True); {then}"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "in\n"
+    return process
+
+
+def test_a_conversation_is_worked_on_by_one_process_at_a_time(tmp_path: Path) -> None:
+    gate = Gate(9, tmp_path / "working.lock")
+    other = in_another_process(tmp_path / "working.lock", "s-1", "time.sleep(60)")
+    try:
+        assert gate.busy("s-1")
+        with pytest.raises(HTTPException) as refused:
+            gate.enter("s-1")
+        assert refused.value.status_code == 409
+        gate.enter("s-2")  # another conversation has its own place
+        gate.leave("s-2")
+    finally:
+        other.kill()  # as a replica dies: its place is free at once
+        other.wait()
+    assert not gate.busy("s-1")
+    gate.enter("s-1")
+    gate.close()
+
+
+def test_a_place_that_was_refused_for_want_of_room_is_free_for_others(tmp_path: Path) -> None:
+    full = Gate(1, tmp_path / "working.lock")
+    full.enter("s-1")
+    with pytest.raises(HTTPException) as refused:
+        full.enter("s-2")
+    assert refused.value.status_code == 503
+    in_another_process(tmp_path / "working.lock", "s-2", "pass").wait()
+    full.close()
