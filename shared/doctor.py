@@ -2,8 +2,8 @@
 
     make doctor        (python -m shared.doctor; needs nothing but Python, and finds more once `make setup` has run)
 
-One line a check: `ok`, `slow` (works, and what it costs) or `missing` (and what to do). Exit status 1 only when something is missing
-that nothing here runs without.
+One line a check: `ok`, `slow` (works, and what it costs) or `missing` (and what to do). Exit status 1 only when something is
+missing that nothing here runs without.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def python() -> Finding:
     said = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info[:2] >= PYTHON:
         return Finding("python", "ok", said)
-    return Finding("python", "missing", f"{said}: {PYTHON[0]}.{PYTHON[1]} or newer is needed; `make setup PYTHON=python3.12`", True)
+    return Finding(
+        "python", "missing", f"{said}: {PYTHON[0]}.{PYTHON[1]} or newer is needed; `make setup PYTHON=python3.12`", True
+    )
 
 
 def memory() -> Finding:
@@ -79,7 +81,11 @@ def disk() -> Finding:
     free = shutil.disk_usage(existing).free / 1e9
     needed = ARTIFACTS_GB + (0.0 if _installed("torch") else ENVIRONMENT_GB)
     said = f"{free:.1f} GB free, {needed:.0f} GB needed"
-    return Finding("disk", "ok", said) if free >= needed else Finding("disk", "missing", f"{said}: free some, or set ARTIFACTS", True)
+    return (
+        Finding("disk", "ok", said)
+        if free >= needed
+        else Finding("disk", "missing", f"{said}: free some, or set ARTIFACTS", True)
+    )
 
 
 def packages() -> Finding:
@@ -100,7 +106,9 @@ def base_model() -> Finding:
     weights = list((ROOT / "ml_engineer_track" / "base_model").glob("*.safetensors"))
     size = sum(path.stat().st_size for path in weights)
     if size < 1_000_000:
-        return Finding("base model", "missing", "its weights are not in ml_engineer_track/base_model: clone the repository anew", True)
+        return Finding(
+            "base model", "missing", "its weights are not in ml_engineer_track/base_model: clone the repository anew", True
+        )
     return Finding("base model", "ok", f"{size / 1e6:.0f} MB, in the repository")
 
 
@@ -155,7 +163,9 @@ def network() -> Finding:
 
 
 def _no_gpu() -> Finding:
-    return Finding("gpu", "slow", "none: the default presets are made for that; larger base models and the kernels' speeds need one")
+    return Finding(
+        "gpu", "slow", "none: the default presets are made for that; larger base models and the kernels' speeds need one"
+    )
 
 
 def _free(port: int) -> bool:

@@ -1,10 +1,10 @@
 """Commands of the workshop: `python -m benchmarks.workshop COMMAND`. The exercises stand in WORKSHOP.md.
 
-    make workshop                       lay out the scratch files in artifacts/workshop/
-    make check EX=3                     is exercise 3 done? Exit status 0 or 1, with a hint
-    make check EX=3 ANSWER=0.42         the same, with the answer to its question
-    make answer EX=3                    the answer, computed from your own figures
-    python -m benchmarks.workshop walk  follow WORKSHOP.md in a copy of this tree, solutions included, and measure every exercise
+make workshop                       lay out the scratch files in artifacts/workshop/
+make check EX=3                     is exercise 3 done? Exit status 0 or 1, with a hint
+make check EX=3 ANSWER=0.42         the same, with the answer to its question
+make answer EX=3                    the answer, computed from your own figures
+python -m benchmarks.workshop walk  follow WORKSHOP.md in a copy of this tree, solutions included, and measure every exercise
 """
 
 from __future__ import annotations

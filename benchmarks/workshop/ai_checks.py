@@ -6,6 +6,7 @@ A check returns the answer that follows from those figures; `NotYet` says what i
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from benchmarks.workshop.place import SCRATCH, Expected, NotYet, artifacts, last_run, need, place, read_json, runs
 from shared import feedback, handoff
@@ -30,7 +31,9 @@ def own_documents() -> Expected:
         raise NotYet(f"There is no index of the folder yet. Run {command}.") from None
     try:
         given = {path.name for path in (SCRATCH / "bicycle").iterdir()}
-        need({p.source for p in index.passages.values()} - given, f"Add a document about chains to the folder, then run {command}.")
+        need(
+            {p.source for p in index.passages.values()} - given, f"Add a document about chains to the folder, then run {command}."
+        )
         best = Retriever(index, settings).search(CHAIN, 1)[0].passage
         need(
             best.source not in given,
@@ -39,7 +42,9 @@ def own_documents() -> Expected:
         old = sum(p.source in given for p in index.passages.values())
     finally:
         index.close()
-    return Expected(float(old), "Every passage of the files that were there before stayed `unchanged` and was not embedded again.")
+    return Expected(
+        float(old), "Every passage of the files that were there before stayed `unchanged` and was not embedded again."
+    )
 
 
 def fusion() -> Expected:
@@ -50,7 +55,8 @@ def fusion() -> Expected:
     run = runs(8)[-1]
     cells = run["cells"]
     found = cells["both"] + cells["only dense"] + cells["only bm25"]
-    how = f"Both + only dense + only bm25, of {run['questions']}; fused found {run['found']['fused']}, dense {run['found']['dense']}."
+    totals = run["found"]
+    how = f"Both + only dense + only bm25, of {run['questions']}; fused found {totals['fused']}, dense {totals['dense']}."
     return Expected(float(found), how)
 
 
@@ -74,9 +80,7 @@ def asking_back() -> Expected:
     """10: a way to choose questions that beats the one given, and how many are worth asking."""
     run = last_run(10)
     mine, given = run["accuracy"]["yours"], run["accuracy"]["first listed"]
-    need(
-        mine != given, "Your way asks what the given one asks. Change `choose` in artifacts/workshop/ex10.py."
-    )
+    need(mine != given, "Your way asks what the given one asks. Change `choose` in artifacts/workshop/ex10.py.")
     need(
         mine[-1] > given[-1],
         f"After {len(mine) - 1} questions yours is right in {mine[-1]:.1%}, the given way in {given[-1]:.1%}. "
@@ -84,8 +88,10 @@ def asking_back() -> Expected:
     )
     gain = run["accuracy"]["largest expected gain"]
     worth = next((n for n in range(1, len(gain)) if gain[n] - gain[n - 1] < WORTH), len(gain)) - 1
-    steps = ", ".join(f"{after - before:+.3f}" for before, after in zip(gain, gain[1:], strict=False))
-    return Expected(float(worth), f"With the largest expected gain the questions add {steps}: the last one before less than {WORTH}.")
+    steps = ", ".join(f"{after - before:+.3f}" for before, after in pairwise(gain))
+    return Expected(
+        float(worth), f"With the largest expected gain the questions add {steps}: the last one before less than {WORTH}."
+    )
 
 
 def judging() -> Expected:
@@ -111,7 +117,9 @@ def swapped() -> Expected:
         "Nobody said what was wrong. Give one answer a thumbs_down with a reason in ex12.py (or on the page).",
     )
     models = {r.model_version for r in records}
-    need(len(models) >= 2, f"All feedback is about {', '.join(models)}. Publish another model, start the service again, ask again.")
+    need(
+        len(models) >= 2, f"All feedback is about {', '.join(models)}. Publish another model, start the service again, ask again."
+    )
     made = handoff.read_manifest(handoff.current(artifacts() / "models"))
     latest = records[-1].model_version
     need(

@@ -5,17 +5,13 @@ A check returns the answer that follows from those figures; `NotYet` says what i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.workshop.place import Expected, NotYet, artifacts, last_run, need, place, read_json
 from shared import library as lib
 from shared.files import read_jsonl
-from shared.settings import ROOT
 
 MINE = "mine"
 
@@ -33,7 +29,9 @@ def quarantine() -> Expected:
     need(planted, f"The row {added[0].id} was not thrown out. Copy the question of a test row into it, then run `{run}` again.")
     splits = {q.id: q.split for q in questions}
     twin = str(planted[0].get("of"))
-    need(splits.get(twin) == "test", f"{planted[0]['id']} was thrown out because of {twin}, which is no test row. Copy a test row.")
+    need(
+        splits.get(twin) == "test", f"{planted[0]['id']} was thrown out because of {twin}, which is no test row. Copy a test row."
+    )
     counted = {reason: sum(str(r["reason"]).split(":")[0] == reason for r in rows) for reason in reasons(rows)}
     most = max(counted, key=lambda reason: counted[reason])
     return Expected(most, "It is the reason that stands in most rows of quarantine.jsonl.")
@@ -46,8 +44,14 @@ def rank_against_loss() -> Expected:
         path = place() / f"ex2-{name}.json"
         found[name] = read_json(path, f"Copy the stamp of that training to {path.name}, as the page says.")["result"]
     share = {name: result["trainable_share"] for name, result in found.items()}
-    need(share["rank"] != share["first"], "ex2-rank.json has the rank of ex2-first.json. Change `rank:` in ml.yaml and train again.")
-    need(share["seed"] == share["first"], "ex2-seed.json has another rank than ex2-first.json. Put the rank back; change `seed:` only.")
+    need(
+        share["rank"] != share["first"],
+        "ex2-rank.json has the rank of ex2-first.json. Change `rank:` in ml.yaml and train again.",
+    )
+    need(
+        share["seed"] == share["first"],
+        "ex2-seed.json has another rank than ex2-first.json. Put the rank back; change `seed:` only.",
+    )
     loss = {name: result["best_validation_loss"] for name, result in found.items()}
     need(loss["seed"] != loss["first"], "ex2-seed.json is the same training as ex2-first.json. Change `seed:` in ml.yaml.")
     by_rank, by_seed = abs(loss["rank"] - loss["first"]), abs(loss["seed"] - loss["first"])
@@ -63,7 +67,9 @@ def bytes_against_quality() -> Expected:
     hint = "Run `make quantize BITS=2 PRESET=artifacts/workshop/ml.yaml` first."
     second = read_json(artifacts() / "reports" / "low_bits.json", hint)
     changed = second["settings"]["group"] < first["settings"]["group"]
-    need(changed, f"Both runs have groups of {first['settings']['group']}. Make `group:` below `low_bits:` smaller and run again.")
+    need(
+        changed, f"Both runs have groups of {first['settings']['group']}. Make `group:` below `low_bits:` smaller and run again."
+    )
     name = "2-bit"
     before, after = (report["quality"][name]["divergence"]["value"] for report in (first, second))
     bits = second["bits_per_weight"][name] - first["bits_per_weight"][name]
@@ -96,7 +102,9 @@ def grammar() -> Expected:
     need("urgency" in fields, "Add the field `urgency` to SCHEMA in artifacts/workshop/ex5.py, with an enum of its values.")
     need("urgency" in run["schema"].get("required", []), "Add `urgency` to `required`: otherwise the model may leave it out.")
     need(len(fields["urgency"].get("enum", [])) >= 2, "Give `urgency` an enum of at least two values.")
-    need(run["schema_fits"] == len(run["replies"]), "Not every reply held to the schema fits it. Is 48 tokens too short for yours?")
+    need(
+        run["schema_fits"] == len(run["replies"]), "Not every reply held to the schema fits it. Is 48 tokens too short for yours?"
+    )
     how = "The grammar guarantees the form; `right action, held to it` says how many of the eight were also right."
     return Expected(float(run["schema_right"]), how)
 

@@ -1,18 +1,22 @@
 """Where the workshop's files lie, and what a check may say.
 
-    artifacts/workshop/exN.py, ml.yaml, ...     scratch files: a participant's own, never overwritten
-    artifacts/workshop/exN.json                 every run of exercise N's script, the newest last
-    artifacts/workshop/answers.json             the answers given with `make check EX=n ANSWER=...`
+artifacts/workshop/exN.py, ml.yaml, ...     scratch files: a participant's own, never overwritten
+artifacts/workshop/exN.json                 every run of exercise N's script, the newest last
+artifacts/workshop/answers.json             the answers given with `make check EX=n ANSWER=...`
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.errors import UserError
 from shared.files import write_json, write_text
 from shared.settings import PRESETS, ROOT, load_settings
 from shared.thinned import thinned
@@ -23,12 +27,12 @@ COPIED = {
     "ml.yaml": {"# The whole path": "# Your own preset, edited in the exercises. The whole path"},
     "ex1.yaml": {
         "# The whole path": "# Exercise 1: your own data. The whole path",
-        "families: 0.25            # share": "datasets: artifacts/workshop/datasets\nfamilies: 1.0             # share",
+        "families: 0.25            # share": "datasets: {datasets}\nfamilies: 1.0             # share",
     },
 }
 
 
-class NotYet(Exception):
+class NotYet(Exception):  # noqa: N818 (to be not done yet is no error)
     """The exercise is not done; the message is the hint."""
 
 
@@ -53,6 +57,14 @@ class Expected:
 
     def __str__(self) -> str:
         return self.value if isinstance(self.value, str) else f"{self.value:.3g}"
+
+
+def script(main: Callable[[], None]) -> None:
+    """Run a scratch file: a mistake that its reader can mend is one line, as everywhere in this project."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def need(condition: object, hint: str) -> None:
@@ -83,7 +95,7 @@ def lay_out() -> list[str]:
         if not (folder / name).exists():
             text = smoke
             for old, new in changes.items():
-                text = text.replace(old, new)
+                text = text.replace(old, new.format(datasets=os.path.relpath(folder / "datasets")))
             write_text(folder / name, text)
             made.append(name)
     if not (folder / "datasets").exists():

@@ -1,7 +1,7 @@
 """Follows WORKSHOP.md from the top as a participant would, and measures how long the machine takes for every exercise.
 
-Why: a page that nobody followed is wrong somewhere. The page is the only source: in every exercise the commands outside its solution
-are run first, then `make check` must say "not yet", then the solution's commands, and then it must pass.
+Why: a page that nobody followed is wrong somewhere. The page is the only source: in every exercise the commands outside its
+solution are run first, then `make check` must say "not yet", then the solution's commands, and then it must pass.
 
     python -m benchmarks.workshop walk --out benchmarks/results/demo/workshop.json      (on a machine that does nothing else)
 
@@ -33,7 +33,7 @@ PAGE = ROOT / "WORKSHOP.md"
 #: what a shell must do before a block of the page: `make` without setup, and nothing left running behind it
 PRELUDE = (
     "set -eo pipefail\n"
-    "make() { command make -o setup -o .venv/installed \"$@\"; }\n"
+    'make() { command make -o setup -o .venv/installed "$@"; }\n'
     "trap 'jobs -p | xargs -r kill 2>/dev/null; wait' EXIT\n"
 )
 BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
@@ -92,7 +92,9 @@ def walk(only: Sequence[int], out: Path | None) -> dict[str, Any]:
 def run(script: str, tree: Path, environment: dict[str, str], name: str) -> float:
     """Seconds that a block took. UserError with its last lines when a command fails."""
     began = time.perf_counter()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:  # a pipe would wait for whoever keeps it open
+    with tempfile.TemporaryFile(
+        "w+", encoding="utf-8", errors="replace"
+    ) as output:  # a pipe would wait for whoever keeps it open
         done = subprocess.run(
             ["bash", "-c", PRELUDE + script], cwd=tree, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
         )

@@ -13,7 +13,7 @@ from ai_engineer_track.evidence import Evidence
 from ai_engineer_track.heads import Array
 from ai_engineer_track.ingest import open_index
 from ai_engineer_track.settings import load_ai_settings
-from benchmarks.workshop.place import keep_run
+from benchmarks.workshop.place import keep_run, script
 from shared import library as lib
 from shared.metrics import estimate_mean
 from shared.passages import StoredVectors
@@ -71,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ai_engineer_track.judge import TRUSTED_KAPPA, confusion
 from ai_engineer_track.settings import load_ai_settings
-from benchmarks.workshop.place import keep_run
+from benchmarks.workshop.place import keep_run, script
 from shared import library as lib
 from shared.chat import parse_answer  # noqa: F401 (for your judge)
 from shared.metrics import cohen_kappa, estimate, estimate_mean
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

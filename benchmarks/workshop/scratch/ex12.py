@@ -1,7 +1,7 @@
 """Exercise 12: talk to the running service, say what was wrong, and see which model it was.    python artifacts/workshop/ex12.py
 
-SERVICE is the address of the service, http://127.0.0.1:8000 unless you set another. What is sent here is what the thumbs of the web
-page send.
+SERVICE is the address of the service, http://127.0.0.1:8000 unless you set another. What is sent here is what the thumbs of the
+web page send.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.workshop.place import artifacts, keep_run
+from benchmarks.workshop.place import artifacts, keep_run, script
 from shared import feedback, handoff
 from shared.errors import UserError
 
@@ -78,4 +78,4 @@ def lineage() -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -1,7 +1,7 @@
 """Exercise 5: the same questions without and with a schema.    python artifacts/workshop/ex5.py
 
-The server is the one that `python -m ml_engineer_track serve` starts; any client of OpenAI's API can talk to it. LLM_BASE_URL names
-one that is running already; otherwise it runs for as long as this script does.
+The server is the one that `python -m ml_engineer_track serve` starts; any client of OpenAI's API can talk to it. LLM_BASE_URL
+names one that is running already; otherwise it runs for as long as this script does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from openai import OpenAI
 
 from ai_engineer_track.inference import inference_server
 from ai_engineer_track.settings import load_ai_settings
-from benchmarks.workshop.place import keep_run
+from benchmarks.workshop.place import keep_run, script
 
 # --- change this -------------------------------------------------------------------------------------------------------
 SCHEMA: dict[str, Any] = {
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

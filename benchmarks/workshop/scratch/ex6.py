@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from ai_engineer_track.inference import free_port
-from benchmarks.workshop.place import artifacts, keep_run
+from benchmarks.workshop.place import artifacts, keep_run, script
 from shared import handoff
 from shared.errors import UserError
 from shared.files import sha256_tree, write_json
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ai_engineer_track.ingest import open_index
 from ai_engineer_track.retrieve import MODES, Retriever
 from ai_engineer_track.settings import load_ai_settings
-from benchmarks.workshop.place import keep_run
+from benchmarks.workshop.place import keep_run, script
 from shared import library as lib
 from shared.metrics import estimate_difference, estimate_mean
 
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

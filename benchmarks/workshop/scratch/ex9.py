@@ -11,7 +11,7 @@ import numpy as np
 from ai_engineer_track.ingest import open_index
 from ai_engineer_track.settings import load_ai_settings
 from ai_engineer_track.triage import MEANING, STRENGTH, examples, unseen, without_flags
-from benchmarks.workshop.place import keep_run
+from benchmarks.workshop.place import keep_run, script
 from shared.metrics import estimate_mean
 from shared.passages import StoredVectors
 
@@ -39,7 +39,7 @@ def main() -> None:
     print("threshold   sent (sensitivity)   near misses not sent (specificity)   ordinary not sent")
     table = {f"{t:.2f}": shares(float(t)) for t in np.arange(0.01, 1.0, 0.01)}
     for name in [f"{t:.2f}" for t in np.arange(0.1, 0.95, 0.1)]:
-        print(f"   {name}        {table[name][0]:.3f}                {table[name][1]:.3f}                                {table[name][2]:.3f}")
+        print("   {}              {:.3f}                     {:.3f}                         {:.3f}".format(name, *table[name]))
     sent = (probability >= THRESHOLD).astype(float)
     print(f"\nyours, {THRESHOLD:.2f}: sensitivity {estimate_mean(list(sent[emergency]), 1000, 7)}, "
           f"specificity {estimate_mean(list(1 - sent[near_miss]), 1000, 7)}")  # fmt: skip
@@ -51,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
