@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB ENGINE WORKERS STRATEGY
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop bench report compare fit bench-peers load soak faults pretrain datasheet test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop bench report compare fit bench-peers load soak faults pretrain datasheet doctor workshop check answer test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -91,6 +91,20 @@ pretrain: setup ## make the bundled base model anew: CORPUS=folder [EDITION=cpu|
 
 datasheet: setup ## refresh the generated part of datasets/README.md
 	@$(BIN)/python -m shared.datasheet
+
+doctor: ## will it run here, and what will be slow? Needs nothing installed
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m shared.doctor
+
+workshop: setup ## lay out the scratch files of WORKSHOP.md in artifacts/workshop; yours are never overwritten
+	@$(BIN)/python -m benchmarks.workshop start
+
+check: setup ## is an exercise of WORKSHOP.md done? EX=3 ANSWER=0.42; exit status 0 or 1
+	@test -n "$(EX)" || { echo "error: EX=<number of the exercise> is needed" >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.workshop check $(EX) $(if $(ANSWER),--answer "$(ANSWER)")
+
+answer: setup ## the answer to an exercise's question, from your own figures. EX=3
+	@test -n "$(EX)" || { echo "error: EX=<number of the exercise> is needed" >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.workshop answer $(EX)
 
 test: setup ## the tests that matter every day (under 8 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -224,15 +224,17 @@ def use_device(device: str) -> None:
 @app.command()
 def readme(
     log: Annotated[Path | None, typer.Option(help="what `make demo` printed: take this run over first")] = None,
+    take: Annotated[str, typer.Option(help="reports of studies to take over first, such as low_bits.json")] = "",
     reports: Annotated[Path, typer.Option(help="folder of its reports")] = Path("artifacts/reports"),
 ) -> None:
-    """Fill README.md from the committed run of `make demo`."""
+    """Fill the figures of the pages from the committed results."""
     from benchmarks import readme as r
 
     if log:
         r.take_over(reports, log)
+    r.take_study(reports, _words(take))
     r.write()
-    print(f"README.md: {', '.join(r.blocks())}")
+    print(f"filled: {', '.join(r.PAGES)}")
 
 
 def _words(text: str) -> list[str]:

@@ -201,7 +201,7 @@ def measured_table(result: Result) -> str:
 
 
 def write_page() -> None:
-    write_text(PAGE, fill(PAGE.read_text(encoding="utf-8"), page_texts(), "docs/cluster.md"))
+    write_text(PAGE, fill(PAGE.read_text(encoding="utf-8"), texts=page_texts()))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     PRESET=tiny MODEL=HuggingFaceTB/SmolLM2-135M-Instruct METHOD=qlora make ml
 
-A preset is a file `ml_engineer_track/presets/<name>.yaml` with a comment on every line that matters. The variables in
-`OVERRIDES` replace single values; nothing else does, so that a run is described by its preset name and a handful of words.
+A preset is a file `ml_engineer_track/presets/<name>.yaml` with a comment on every line that matters; `PRESET=some/file.yaml` is
+one of your own. The variables in `OVERRIDES` replace single values; nothing else does, so that a run is described by its preset
+and a handful of words.
 """
 
 from __future__ import annotations
@@ -218,13 +219,17 @@ def preset_names() -> list[str]:
 def load_settings(preset: str | None = None, **overrides: Any) -> Settings:
     """The preset (argument, else PRESET, else `tiny`) with the environment's and then the arguments' values over it.
 
-    Arguments are named like the OVERRIDES, in lower case; None means "not given". UserError for an unknown preset or a
-    value the preset cannot take.
+    A preset that ends in `.yaml` is a file; the run is then named after it. Arguments are named like the OVERRIDES, in lower
+    case; None means "not given". UserError for an unknown preset or a value the preset cannot take.
     """
     name = preset or os.environ.get("PRESET") or "tiny"
     path = PRESETS / f"{name}.yaml"
-    if name not in preset_names():
-        raise UserError(f"unknown preset {name!r}", "PRESET", f"Use one of: {', '.join(preset_names())}")
+    if name.endswith(".yaml"):
+        path, name = Path(name), Path(name).stem
+        if not path.is_file():
+            raise UserError("no such preset file", str(path), "Copy one of ml_engineer_track/presets")
+    elif name not in preset_names():
+        raise UserError(f"unknown preset {name!r}", "PRESET", f"Use one of: {', '.join(preset_names())}, or a .yaml file")
     if unknown := set(overrides) - {variable.lower() for variable in OVERRIDES}:
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
     try:

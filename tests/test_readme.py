@@ -1,4 +1,7 @@
-"""The README keeps its promises: every command it shows runs, every path it names exists, every preset loads."""
+"""The pages keep their promises: every command they show runs, every path and link leads somewhere, every preset loads.
+
+WORKSHOP.md is followed as a whole, in order: tests/benchmarks/test_workshop.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,14 @@ PAGES = [
     ROOT / "ml_engineer_track" / "README.md",
     ROOT / "ai_engineer_track" / "README.md",
     ROOT / "datasets" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
 ]
+#: pages whose links and file names must lead somewhere
+LINKED = [*PAGES, ROOT / "WORKSHOP.md", ROOT / "benchmarks" / "README.md"]
+#: pages that name files by way of explanation; the READMEs of the tracks do so, too
+NAMED = [ROOT / "README.md", ROOT / "WORKSHOP.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: files that only a run makes
+MADE = ("quarantine.jsonl", "manifest.json", "workshop.json", "low_bits.json", "distill.json", "tune.json", "loop.json")
 #: commands that would start this very test run again, rewrite a file under version control, or run until they are stopped
 NOT_RUN = ("make test", "pytest ", "python -m shared.datasheet", "make serve", "engineer_track serve", "make demo")
 #: the commands of the AI track need what `make ml` published, or load the embedding model
@@ -31,6 +41,7 @@ SLOW = (
     "make accounting",
     "make loop",
     "ml_engineer_track models",
+    "make bench",
     "ml_engineer_track run",
     "ml_engineer_track evaluate",
     "ml_engineer_track benchmark",
@@ -52,9 +63,7 @@ def run(command: str, artifacts: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PRESET": "smoke", "ARTIFACTS": str(artifacts), "PYTHON": sys.executable}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     # `make` would set up .venv first; these tests already run in an environment that has everything.
-    command = re.sub(
-        r"\bmake (ml|ai|distill|quantize|tune|accounting|loop)\b", rf"make \1 VENV={Path(sys.executable).parent.parent}", command
-    )
+    command = re.sub(r"\bmake (?=[a-z])", f"make -o setup VENV={Path(sys.executable).parent.parent} ", command)
     return subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -84,10 +93,30 @@ def test_the_commands_of_the_readme_run_one_after_the_other(artifacts: Path) -> 
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in map(slug, headings), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", NAMED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_a_page_names_exists(page: Path) -> None:
+    """`serving/openvino_engine.py` from the root or the page, a bare `triage.py` anywhere in the tree."""
+    names = {path.name for path in ROOT.rglob("*.*") if "artifacts" not in path.parts and ".venv" not in path.parts}
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for name in re.findall(r"`([\w./-]+\.(?:py|md|yaml|jsonl?|toml|txt))`", text):
+        made = name.startswith("artifacts/") or Path(name).name in MADE or re.fullmatch(r"ex\d.*|.*swapped.yaml|ml.yaml", name)
+        found = (ROOT / name).exists() or (page.parent / name).exists() if "/" in name else name in names
+        assert made or found, name
 
 
 def test_every_file_in_the_readmes_tree_exists() -> None:

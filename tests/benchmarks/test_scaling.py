@@ -49,7 +49,7 @@ def test_adapters_are_as_large_as_peft_makes_them() -> None:
 
 def test_the_page_says_what_the_code_says() -> None:
     page = s.PAGE.read_text(encoding="utf-8")
-    assert fill(page, s.page_texts(), "docs/cluster.md") == page
+    assert fill(page, texts=s.page_texts()) == page
 
 
 @pytest.mark.parametrize("workers", [1, 3, 4096])
