@@ -24,6 +24,7 @@ from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.trace import setup_tracing
 from ai_engineer_track.turn import Event, Turn
 from shared.errors import UserError
+from shared.files import private
 
 
 class Assistant:
@@ -78,9 +79,7 @@ async def open_assistant(settings: AiSettings) -> AsyncIterator[Assistant]:
     path = settings.artifacts / "sessions.sqlite"
     provider = setup_tracing(settings)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # what people say here is nobody else's business on this machine
-        async with AsyncSqliteSaver.from_conn_string(str(path)) as saver:
+        async with AsyncSqliteSaver.from_conn_string(str(private(path))) as saver:
             await saver.setup()
             await saver.conn.execute("PRAGMA secure_delete = ON")
             agent = await asyncio.to_thread(build_agent, settings, retriever, llm, judge_llm, saver, large)

@@ -30,7 +30,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from shared.chat import Verdict
 from shared.errors import UserError
-from shared.files import sha256_text
+from shared.files import private, sha256_text
 from shared.library import BadRow
 from shared.settings import ROOT
 
@@ -119,8 +119,7 @@ class FeedbackStore:
         """
         line = record.model_dump_json().encode() + b"\n"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as stream:
+            with private(self.path).open("a+b") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX)
                 size = stream.seek(0, os.SEEK_END)
                 self._catch_up(stream.fileno(), size)

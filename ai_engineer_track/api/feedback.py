@@ -19,6 +19,8 @@ from shared.chat import PROMPT_VERSION
 from shared.feedback import Feedback, Kind, TurnSummary
 
 router = APIRouter(tags=["feedback"])
+#: messages before the answer that a record keeps; without an end a long conversation would fill the disk with itself
+EARLIER = 20
 
 
 class Thumb(BaseModel):
@@ -81,7 +83,7 @@ def make_record(service: Service, exchange: Exchange, earlier: list[Exchange], k
         reason=reason,
         answer_id=exchange.answer_id,
         question=exchange.message,
-        earlier=[e.message for e in earlier if e.created < exchange.created],
+        earlier=[e.message for e in earlier if e.created < exchange.created][-EARLIER:],
         turn=TurnSummary(
             kind=turn.kind,
             text=turn.text,

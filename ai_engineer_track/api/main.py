@@ -22,6 +22,7 @@ from ai_engineer_track.api.service import Assistant, Index, Retriever, Service
 from ai_engineer_track.settings import AiSettings
 from shared.errors import UserError
 from shared.feedback import FeedbackStore
+from shared.foreign import allowed_hosts
 
 WEB = Path(__file__).resolve().parent.parent / "web"
 #: JSON may spell a character in up to twelve bytes, and a client of the OpenAI API sends the whole conversation each time
@@ -77,6 +78,7 @@ def create_app(
         Guard,
         token=token,
         max_bytes=BYTES_PER_CHAR * settings.api.max_chars,
+        hosts=allowed_hosts(settings.api.host),
         count=service.meters.count_request,
         refuse=lambda why: service.meters.refused.labels(why).inc(),
     )

@@ -25,6 +25,7 @@ from ai_engineer_track.api.limits import bearer
 from ai_engineer_track.api.service import ServiceDep
 from ai_engineer_track.turn import Turn
 from shared.errors import UserError
+from shared.files import private
 
 COOKIE = "client"
 NO_SUCH = "There is no such conversation."
@@ -54,9 +55,7 @@ class SessionStore:
 
     def __init__(self, path: Path) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)  # what people say here is nobody else's business on this machine
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db = sqlite3.connect(private(path), check_same_thread=False, isolation_level=None)
             self._db.executescript(
                 """
                 PRAGMA journal_mode = WAL; PRAGMA secure_delete = ON; PRAGMA foreign_keys = ON; PRAGMA busy_timeout = 5000;
@@ -100,8 +99,10 @@ class SessionStore:
             return False
         return True
 
-    def history(self, session_id: str) -> list[Exchange]:
-        rows = self._run("SELECT body FROM exchanges WHERE session_id = ? ORDER BY created", session_id)
+    def history(self, session_id: str, last: int = -1) -> list[Exchange]:
+        """The exchanges, oldest first; only the `last` ones when that is not negative."""
+        newest = "SELECT body, created FROM exchanges WHERE session_id = ? ORDER BY created DESC LIMIT ?"
+        rows = self._run(f"SELECT body FROM ({newest}) ORDER BY created", session_id, last)
         return [Exchange.model_validate_json(body) for (body,) in rows]
 
     def exchange(self, answer_id: str, client: str) -> Exchange | None:

@@ -114,10 +114,10 @@ def test_a_sensible_request_id_is_kept_and_any_other_replaced(client: TestClient
 def test_other_sites_may_not_call(client: TestClient) -> None:
     origin = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
     preflight = client.options("/chat", headers=origin)
-    assert preflight.status_code == 405
+    assert preflight.status_code == 403
     assert not any(name.startswith("access-control") for name in preflight.headers)
     form = client.post("/chat", content='{"message": "hi"}', headers={"Content-Type": "text/plain", **origin})
-    assert form.status_code == 422
+    assert form.status_code == 403
 
 
 @pytest.mark.parametrize("path", ["/../pyproject.toml", "/%2e%2e/settings.py", "/app.js/../../settings.py", "/docs", "/redoc"])
@@ -125,3 +125,18 @@ def test_nothing_but_the_page_is_served_as_a_file(client: TestClient, path: str)
     reply = client.get(path)
     assert reply.status_code == 404
     assert reply.json()["error"]["message"] == "There is nothing at this address."
+
+
+@pytest.mark.parametrize("path", ["/", "/chat", "/search?q=x", "/metrics", "/sessions/x", "/v1/models", "/openapi.json"])
+def test_a_name_that_was_pointed_here_gets_nothing(client: TestClient, path: str) -> None:
+    """DNS rebinding: the page that owns the name could read every reply."""
+    reply = client.get(path, headers={"Host": "attacker.example:8000"})
+    assert reply.status_code == 403
+    assert "ALLOWED_HOSTS" in reply.json()["error"]["message"]
+    assert "set-cookie" not in reply.headers
+
+
+def test_no_redirect_leads_to_a_host_the_client_named(client: TestClient) -> None:
+    reply = client.get("/leaflets/", headers={"Host": "attacker.example"}, follow_redirects=False)
+    assert "location" not in reply.headers
+    assert reply.status_code == 403
