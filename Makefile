@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve bench report compare fit bench-peers pretrain datasheet test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve bench report compare fit bench-peers pretrain datasheet attack audit lock test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -79,6 +79,20 @@ pretrain: setup ## make the bundled base model anew: CORPUS=folder [EDITION=cpu|
 
 datasheet: setup ## refresh the generated part of datasets/README.md
 	@$(BIN)/python -m shared.datasheet
+
+attack: setup ## injections and jailbreaks against the running service, rates by kind; SECURITY.md says what is promised
+	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run
+	@$(BIN)/python -m ai_engineer_track attack
+
+audit: setup ## licences, bill of materials and known weaknesses of what is installed, into artifacts/reports
+	@$(PIP) -c torch.txt -c constraints.txt -e '.[audit]'
+	@$(BIN)/python -m shared.audit
+
+# torch is left out: which build of it is right depends on the machine, and each has hashes of its own.
+lock: setup ## requirements.lock anew: the core with every version's hashes (pip-tools)
+	@$(PIP) -c torch.txt -c constraints.txt -e '.[audit]'
+	@$(BIN)/pip-compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --strip-extras \
+	  --unsafe-package torch -c constraints.txt -c torch.txt --output-file requirements.lock pyproject.toml
 
 test: setup ## the tests that matter every day (under 8 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

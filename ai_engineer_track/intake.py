@@ -21,7 +21,9 @@ LANGUAGE = f"I can only read English, because the library is in English. {HELP}"
 #: categories of Unicode that are not seen, or only as a mark on another character
 HIDDEN = ("Cf", "Mn", "Me")
 #: letters of other alphabets that look like these; where a word can be read with them, they stand for them
-LOOK_ALIKES = str.maketrans("АВЕЅІЈКМНОРСТУХаеіјкмнорсѕтухԁһΑΒΕΖΗΙΚΜΝΟΡΤΥΧαεικνορτυχ", "ABESIJKMHOPCTYXaeijkmhopcstyxdhABEZHIKMNOPTYXaeikvoptux")
+LOOK_ALIKES = str.maketrans(
+    "АВЕЅІЈКМНОРСТУХаеіјкмнорсѕтухԁһΑΒΕΖΗΙΚΜΝΟΡΤΥΧαεικνορτυχ", "ABESIJKMHOPCTYXaeijkmhopcstyxdhABEZHIKMNOPTYXaeikvoptux"
+)
 KNOWN_WORDS = 0.4  # share of known words up to which a message may be in another language
 #: small words of other languages that are no words of English
 FOREIGN = set(

@@ -16,7 +16,9 @@ def test_this_machine_by_name_or_number_may_be_asked(host: str) -> None:
     assert refusal({"host": host}, HERE) is None
 
 
-@pytest.mark.parametrize("host", ["attacker.example", "attacker.example:8000", "127.0.0.1.attacker.example", "localhost.evil", "[::1"])
+@pytest.mark.parametrize(
+    "host", ["attacker.example", "attacker.example:8000", "127.0.0.1.attacker.example", "localhost.evil", "[::1"]
+)
 def test_a_name_somebody_pointed_here_is_refused(host: str) -> None:
     """DNS rebinding: the browser believes that the page and the service are one site."""
     assert (refusal({"host": host}, HERE) is None) == (host == "[::1")  # half an address is still that address

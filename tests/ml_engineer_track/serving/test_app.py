@@ -266,4 +266,3 @@ def test_a_body_without_end_is_refused(slow: tuple[str, CountingEngine]) -> None
     for answer in (whole, pieces):
         assert answer.status_code == 413
         assert "too large" in answer.json()["error"]["message"]
-    assert httpx.post(f"{address}/v1/chat/completions", headers={"Content-Length": "many"}, timeout=60).status_code in (400, 413)
