@@ -191,15 +191,15 @@ def write_sums(folder: Path) -> None:
 def _check_sums(folder: Path) -> set[str]:
     """The files that `SHA256SUMS` vouches for, and itself. UserError when one is missing or wrong, or it is no such list."""
     try:
-        lines = (folder / SUMS).read_text(encoding="ascii").splitlines()
+        *lines, rest = (folder / SUMS).read_text(encoding="ascii").split("\n")
     except FileNotFoundError:
         raise UserError(f"file {SUMS} is missing", str(folder), "Publish the version again") from None
     except UnicodeDecodeError:
-        lines = [""]
+        lines, rest = [], "not text"
     sums: dict[str, str] = {}
     for line in lines:
         found = re.fullmatch(r"([0-9a-f]{64})  (\w[\w.-]*)", line)
-        if not found:
+        if not found or rest:
             raise UserError(f"file {SUMS} is damaged", str(folder), "Publish the version again")
         sums[found[2]] = found[1]
     for name in ("manifest.json", *sums):
