@@ -88,11 +88,13 @@ audit: setup ## licences, bill of materials and known weaknesses of what is inst
 	@$(PIP) -c torch.txt -c constraints.txt -e '.[audit]'
 	@$(BIN)/python -m shared.audit
 
-# torch is left out: which build of it is right depends on the machine, and each has hashes of its own.
-lock: setup ## requirements.lock anew: the core with every version's hashes (pip-tools)
+# torch and what its CUDA build brings are left out: which build is right depends on the machine, and each has hashes of its own.
+lock: setup ## requirements.lock anew: every package of the core with the hashes of its files (uv)
 	@$(PIP) -c torch.txt -c constraints.txt -e '.[audit]'
-	@$(BIN)/pip-compile --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --strip-extras \
-	  --unsafe-package torch -c constraints.txt -c torch.txt --output-file requirements.lock pyproject.toml
+	@{ sed '/^[^#]/,$$d' requirements.lock; $(BIN)/uv pip compile pyproject.toml --generate-hashes --universal --python-version 3.11 --quiet \
+	  --no-emit-package torch --no-annotate --no-header -c constraints.txt -c torch.txt \
+	  | awk '/^[^ ]/ {skip = /^(nvidia|cuda|triton)/} !skip'; } > requirements.lock.part
+	@mv requirements.lock.part requirements.lock
 
 test: setup ## the tests that matter every day (under 8 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
