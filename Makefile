@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB ENGINE WORKERS STRATEGY
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop bench report compare fit bench-peers load soak faults pretrain datasheet doctor workshop check answer test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop bench report compare fit bench-peers load soak faults pretrain datasheet attack audit lock doctor workshop check answer test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -105,6 +105,21 @@ check: setup ## is an exercise of WORKSHOP.md done? EX=3 ANSWER=0.42; exit statu
 answer: setup ## the answer to an exercise's question, from your own figures. EX=3
 	@test -n "$(EX)" || { echo "error: EX=<number of the exercise> is needed" >&2; exit 2; }
 	@$(BIN)/python -m benchmarks.workshop answer $(EX)
+attack: setup ## injections and jailbreaks against the running service, rates by kind; SECURITY.md says what is promised
+	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run
+	@$(BIN)/python -m ai_engineer_track attack
+
+audit: setup ## licences, bill of materials and known weaknesses of what is installed, into artifacts/reports
+	@$(PIP) -c torch.txt -c constraints.txt -e '.[audit]'
+	@$(BIN)/python -m shared.audit
+
+# torch and what its CUDA build brings are left out: which build is right depends on the machine, and each has hashes of its own.
+lock: setup ## requirements.lock anew: every package of the core with the hashes of its files (uv)
+	@$(PIP) -c torch.txt -c constraints.txt -e '.[audit]'
+	@{ sed '/^[^#]/,$$d' requirements.lock; $(BIN)/uv pip compile pyproject.toml --generate-hashes --universal --python-version 3.11 --quiet \
+	  --no-emit-package torch --no-annotate --no-header -c constraints.txt -c torch.txt \
+	  | awk '/^[^ ]/ {skip = /^(nvidia|cuda|triton)/} !skip'; } > requirements.lock.part
+	@mv requirements.lock.part requirements.lock
 
 test: setup ## the tests that matter every day (under 8 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -147,6 +147,20 @@ def calibrate(preset: Preset = None) -> None:
     print(f"saved as {judge.save_calibration(found, served.artifacts)}")
 
 
+@app.command()
+def attack(preset: Preset = None) -> None:
+    """Injections and jailbreaks against the running service: what got through (SECURITY.md says what is promised)."""
+    from ai_engineer_track import attack as suite
+    from ai_engineer_track.inference import inference_server
+
+    with inference_server(_settings(preset)) as served:
+        found = suite.attack(served, suite.read_attacks())
+    page = suite.write(found, served.artifacts / "reports")
+    for name, row in found["by_category"].items():
+        print(f"{row['hits']:4d} of {row['n']}  {name}")
+    print(f"report: {page}")
+
+
 def _settings(preset: str | None) -> AiSettings:
     return load_ai_settings(preset).with_its_data()
 

@@ -122,7 +122,8 @@ async def run_turn(
         except (sqlite3.Error, OSError) as error:
             log.error("session could not be stored: %s", error)
             recorder.text(NOT_KEPT, replace=True)
-            return Turn(kind="unavailable", text=NOT_KEPT, reason=f"storage: {error}", trace=recorder.steps, cost=recorder.cost)
+            # Not the error itself: it names files of this machine, and the turn is shown to the person.
+            return Turn(kind="unavailable", text=NOT_KEPT, reason="storage", trace=recorder.steps, cost=recorder.cost)
         if state.get("question"):
             turn = Turn(
                 kind="clarify",

@@ -30,6 +30,7 @@ from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.trace import setup_tracing
 from ai_engineer_track.turn import Event, Turn
 from shared.errors import UserError
+from shared.files import private
 from shared.outcomes import Arm as ArmName
 from shared.rollout import Rollout
 from shared.sqlite import is_damage, mend
@@ -164,9 +165,7 @@ async def open_assistant(settings: AiSettings, servers: Servers | None = None) -
     path = settings.artifacts / "sessions.sqlite"
     provider = setup_tracing(settings)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # what people say here is nobody else's business on this machine
-        await asyncio.to_thread(mend, path)
+        await asyncio.to_thread(mend, private(path))
         async with AsyncSqliteSaver.from_conn_string(str(path)) as saver, AsyncExitStack() as stack:
             await saver.setup()
             await saver.conn.execute("PRAGMA secure_delete = ON")

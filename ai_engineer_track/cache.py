@@ -19,7 +19,7 @@ import numpy as np
 
 from ai_engineer_track.heads import Array
 from ai_engineer_track.turn import Turn
-from shared.files import sha256_text
+from shared.files import private, sha256_text
 
 log = logging.getLogger(__name__)
 KEPT = 2000
@@ -52,7 +52,7 @@ class AnswerCache:
 
     def _open(self, path: Path) -> sqlite3.Connection:
         """What people asked is not kept, only hashes of it: deleting a conversation must not leave its words here."""
-        db = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_SECONDS)
+        db = sqlite3.connect(private(path), check_same_thread=False, timeout=BUSY_SECONDS)
         columns = "key TEXT PRIMARY KEY, version TEXT, meaning TEXT, vector BLOB, turn TEXT, used REAL"
         db.execute(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
         db.execute("DELETE FROM answers WHERE version <> ?", (self.version,))

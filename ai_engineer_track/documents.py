@@ -31,7 +31,11 @@ from shared.passages import Passage, leaflet_passages
 MAX_WORDS = 120
 #: a "sentence" longer than this is a table or a list without full stops, and is cut
 MAX_SENTENCE_WORDS = 60
+MARK = re.compile(r"\[(\d{1,3})\]")
 MAX_BYTES = 50_000_000
+#: what one document may give: a page of a PDF holds about 3,000 characters, and a small file can unpack to gigabytes of them
+MAX_CHARACTERS = 20_000_000
+MAX_PAGES = 5_000
 
 #: heading path below the title, and the sentences that stand there
 Block = tuple[tuple[str, ...], list[str]]
@@ -44,7 +48,8 @@ class UnreadableError(Exception):
 def read_corpus(folder: Path) -> tuple[list[Passage], list[tuple[str, str]]]:
     """All passages of the files below `folder`, by path; and the files that were skipped, each with the reason.
 
-    UserError when there is no such folder. Hidden files and folders are left alone.
+    UserError when there is no such folder. Hidden files and folders are left alone, and links that lead out of the folder are not
+    followed: whoever may add a document must not be able to publish any file of this machine.
     """
     if not folder.is_dir():
         raise UserError("no folder of documents", str(folder), "Point CORPUS at a folder of Markdown, HTML, PDF or text files")
@@ -60,6 +65,8 @@ def read_corpus(folder: Path) -> tuple[list[Passage], list[tuple[str, str]]]:
         if slugs[slug] > 1:  # a/b.md beside a-b.md
             slug = f"{slug}-{slugs[slug]}"
         try:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise UnreadableError("a link that leads out of the folder")
             found = _read(path, relative.as_posix(), slug)
             if not found:
                 raise UnreadableError("no text in it" + (" (a scan?)" if path.suffix.lower() == ".pdf" else ""))
@@ -94,7 +101,10 @@ def _read(path: Path, source: str, slug: str) -> list[Passage]:
     if path.stat().st_size > MAX_BYTES:
         raise UnreadableError(f"larger than {MAX_BYTES // 1_000_000} MB")
     if path.suffix.lower() in MARKDOWN and _is_leaflet(_text(path)):
-        return leaflet_passages(parse_leaflet(path), source)
+        leaflet = leaflet_passages(parse_leaflet(path), source)
+        if any(MARK.search(s.text) for passage in leaflet for s in passage.sentences):
+            raise UnreadableError("a sentence holds a mark like [3], which only citations have")
+        return leaflet
     title, blocks = reader(path)
     return _passages(title or path.stem.replace("-", " ").replace("_", " ").strip().capitalize(), blocks, source, slug)
 
@@ -122,7 +132,13 @@ def _pdf(path: Path) -> tuple[str, list[Block]]:
         reader = PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
             raise UnreadableError("needs a password")
-        pages = [page.extract_text() for page in reader.pages]
+        if len(reader.pages) > MAX_PAGES:
+            raise UnreadableError(f"more than {MAX_PAGES:,} pages")
+        pages: list[str] = []
+        for page in reader.pages:
+            pages.append(page.extract_text())
+            if sum(map(len, pages)) > MAX_CHARACTERS:
+                raise UnreadableError(f"more than {MAX_CHARACTERS:,} characters")
         title = _clean(str((reader.metadata and reader.metadata.title) or ""))
     except UnreadableError:
         raise
@@ -250,7 +266,11 @@ def _text(path: Path) -> str:
 
 
 def _clean(text: str) -> str:
-    """NFC, one line, single spaces; control characters part words, invisible ones (soft hyphens, marks of direction) go."""
+    """NFC, one line, single spaces; control characters part words, invisible ones (soft hyphens, marks of direction) go.
+
+    A footnote mark [3] becomes (3): in an answer it would look like the citation of another source.
+    """
+    text = MARK.sub(r"(\1)", text)
     kinds = ((c, unicodedata.category(c)) for c in unicodedata.normalize("NFC", text))
     return " ".join("".join(" " if kind == "Cc" else c for c, kind in kinds if kind[0] != "C" or kind == "Cc").split())
 

@@ -15,9 +15,15 @@ from pydantic import BaseModel, ConfigDict
 
 HELP = "If this may be an emergency, call the emergency number now."
 EMPTY = "Please write what you would like to know, for example: What helps against a migraine?"
-TOO_LONG = "That is too long for me to read well. Please tell me in a few sentences what you would like to know."
-UNREADABLE = "I could not read that as text. Please write your question in words."
+TOO_LONG = f"That is too long for me to read well. Please tell me in a few sentences what you would like to know. {HELP}"
+UNREADABLE = f"I could not read that as text. Please write your question in words. {HELP}"
 LANGUAGE = f"I can only read English, because the library is in English. {HELP}"
+#: categories of Unicode that are not seen, or only as a mark on another character
+HIDDEN = ("Cf", "Mn", "Me")
+#: letters of other alphabets that look like these; where a word can be read with them, they stand for them
+LOOK_ALIKES = str.maketrans(
+    "АВЕЅІЈКМНОРСТУХаеіјкмнорсѕтухԁһΑΒΕΖΗΙΚΜΝΟΡΤΥΧαεικνορτυχ", "ABESIJKMHOPCTYXaeijkmhopcstyxdhABEZHIKMNOPTYXaeikvoptux"
+)
 KNOWN_WORDS = 0.4  # share of known words up to which a message may be in another language
 #: small words of other languages that are no words of English
 FOREIGN = set(
@@ -41,7 +47,10 @@ ENGLISH = set(
 
 
 class Intake(BaseModel):
-    """`text` is what the others read. `problem` is what to reply when the message cannot be used, with `reason` for the log."""
+    """`text` is what the others read. `problem` is what to reply when the message cannot be used, with `reason` for the log.
+
+    `text` is there also then: an emergency is one in whatever it is wrapped.
+    """
 
     model_config = ConfigDict(frozen=True)
     text: str
@@ -52,10 +61,10 @@ class Intake(BaseModel):
 def take(message: str, max_chars: int, vocabulary: Container[str] = frozenset()) -> Intake:
     """The message as one line of plain text, or why it cannot be used. `vocabulary` are the words the library uses."""
     if len(message) > max_chars:
-        return Intake(text=message[:max_chars], problem=TOO_LONG, reason="too long")
-    if message and unreadable_share(message) > 0.1:
-        return Intake(text="", problem=UNREADABLE, reason="not text")
+        return Intake(text=plain(message[:max_chars]), problem=TOO_LONG, reason="too long")
     text = plain(message)
+    if message and unreadable_share(message) > 0.1:
+        return Intake(text=text, problem=UNREADABLE, reason="not text")
     if not re.search(r"\w", text):
         return Intake(text="", problem=EMPTY, reason="empty")
     if not is_english(text, vocabulary):
@@ -64,11 +73,23 @@ def take(message: str, max_chars: int, vocabulary: Container[str] = frozenset())
 
 
 def plain(message: str) -> str:
-    """One line without markup, control or invisible characters."""
+    """One line of plain letters: without markup, control or invisible characters, stacked accents and disguised letters.
+
+    Words are read by what a person sees. So invisible characters join what they stand in (a soft hyphen, a zero-width space),
+    control characters part it, letters in circles or full width are the letters, and an accent no letter takes is dropped.
+    """
     text = re.sub(r"<(script|style)\b.*?</\1\s*>", " ", message, flags=re.IGNORECASE | re.DOTALL)
     text = html.unescape(re.sub(r"</?[a-zA-Z][^<>]*>|<!--.*?-->", " ", text))
-    text = unicodedata.normalize("NFC", text)
-    return " ".join("".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text).split())
+    text = unicodedata.normalize("NFKC", text)
+    kinds = ((c, unicodedata.category(c)) for c in text)
+    text = "".join(" " if kind in ("Cc", "Cn", "Co", "Cs") or kind[0] == "Z" else c for c, kind in kinds if kind not in HIDDEN)
+    return " ".join(_undisguised(word) for word in text.split())
+
+
+def _undisguised(word: str) -> str:
+    """A word that can be read in Latin letters, in Latin letters, and any other as it is."""
+    shown = word if word.isascii() else word.translate(LOOK_ALIKES)
+    return shown if shown.isascii() or any(c.isascii() and c.isalpha() for c in word) else word
 
 
 def unreadable_share(message: str) -> float:

@@ -251,7 +251,7 @@ _DENIED = re.compile(
     r"|afraid of"
     r"|worried about|risk of|had (a|an)|after (a|my|the)|last (week|month|year)|history of|prevent\w*|avoid\w*)( \w+){0,3} ?$"
 )
-#: anywhere: the message asks in general, or looks back
+#: anywhere in a sentence: it asks in general, or looks back
 _GENERAL = re.compile(
     r"\b(what (are|is|does)|which|how (do|can|long|many|much|often|does|soon)|why|when (should|do|does|is|would)"
     r"|difference between|signs of"
@@ -319,10 +319,11 @@ def alarms(text: str) -> list[str]:
 
 
 def floor(text: str) -> str | None:
-    """The rule by which this is an emergency whatever any model says; None when no rule applies."""
-    text = _plain(text)
-    if _GENERAL.search(text):
-        return None
+    """The rule by which this is an emergency whatever any model says; None when no rule applies.
+
+    A general question says nothing about the sentences around it: they may be what someone wrapped an emergency in.
+    """
+    text = " ".join(s for s in re.split(r"(?<=[.!?])\s+", _plain(text)) if not _GENERAL.search(s))
     found = {name for name, pattern in _ALARMS.items() if _present(pattern, text)}
     for rule, groups in FLOOR.items():
         if all(found & set(group) for group in groups) and len(found & {name for group in groups for name in group}) >= len(

@@ -22,6 +22,7 @@ from ai_engineer_track.harm import HarmHead
 from ai_engineer_track.judge import fails, judge, trusted_rubrics
 from ai_engineer_track.llm import Llm, LlmNonsense, LlmUnavailable
 from ai_engineer_track.memory import Fact, in_context, recall, remember
+from ai_engineer_track.red_flags import floor
 from ai_engineer_track.router import Router
 from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.trace import recorder, step
@@ -78,7 +79,8 @@ class Roles:
         with step("triage", state["message"]) as work:
             message = intake.take(state["message"], self.settings.api.max_chars, self.evidence.vocabulary)
             replying = bool(state.get("replies"))
-            if message.problem and not (replying and message.reason in ("another language", "empty")):
+            rule = floor(message.text)
+            if message.problem and rule is None and not (replying and message.reason in ("another language", "empty")):
                 work.output = message.reason
                 return {"next": "refuse", "reading": {"why": message.problem, "reason": message.reason}, "warning": {}}
             vector = await asyncio.to_thread(self._vector, message.text or "-")

@@ -29,6 +29,17 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def private(path: Path) -> Path:
+    """`path`, there and readable by its owner alone: what people say here is nobody else's business on this machine.
+
+    What SQLite writes beside a database gets the same mode as the database.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.chmod(0o600)
+    return path
+
+
 @contextmanager
 def locked(folder: Path, busy: str) -> Iterator[None]:
     """Hold `folder` for this process. UserError(busy) when another one has it; a killed holder lets go by itself."""

@@ -3,10 +3,12 @@
     artifacts/models/<version>/manifest.json      what this is, what it may do, what every file must hash to
     artifacts/models/<version>/<variant>/...      weights and tokenizer of each variant
     artifacts/models/<version>/assets/...         what else was trained for the product, such as the ranker
+    artifacts/models/<version>/SHA256SUMS         checksums of the manifest and the model card (`sha256sum -c` reads it, too)
     artifacts/models/current                      one line: the version consumers use
 
 A version is written to a temporary folder and renamed into place; `current` moves only after verification. A wrong byte, a
-missing file or a manifest from the future is refused with an error that says which.
+missing file, a file nobody published or a manifest from the future is refused with an error that says which. Checksums find
+accidents and careless changes; who can write the whole folder can write new ones (SECURITY.md).
 
     python -m shared.handoff verify [VERSION]     check every file of a version (default: the current one)
 """
@@ -34,6 +36,7 @@ SCHEMA_VERSION = 1
 MODELS = ROOT / "artifacts" / "models"
 #: folder of the assets inside a version; no variant may be called so
 ASSETS = "assets"
+SUMS = "SHA256SUMS"
 
 
 class _Strict(BaseModel):
@@ -152,6 +155,7 @@ def publish(
             manifest.assets[f"{ASSETS}/{path.name}"] = File(sha256=sha256_file(copy), size=copy.stat().st_size)
         write_text(aside / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
         extra(aside)
+        write_sums(aside)
         verify(aside)
         shutil.rmtree(final, ignore_errors=True)  # only a damaged copy can still be here
         aside.rename(final)
@@ -183,8 +187,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Check schema and every checksum of a version. UserError names the first file that is missing or wrong."""
+    """Check schema and every checksum of a version. UserError names the first file that is missing, wrong or unheard of."""
     manifest = read_manifest(folder)
+    listed: set[str] = set()
     for files in (*(variant.files for variant in manifest.variants.values()), manifest.assets):
         for name, expected in files.items():
             path = folder / name
@@ -194,7 +199,39 @@ def verify(folder: Path) -> Manifest:
                 raise UserError(f"file {name} is missing", str(folder), "Publish the version again")
             if path.stat().st_size != expected.size or sha256_file(path) != expected.sha256:
                 raise UserError(f"file {name} is not what was published (checksum)", str(folder), "Publish the version again")
+        listed |= files.keys()
+    listed |= _check_sums(folder)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if extra := sorted(present - listed):  # a chat template or generation settings beside the weights would be obeyed
+        raise UserError(f"file {extra[0]} was not published with this version", str(folder), "Remove it")
     return manifest
+
+
+def write_sums(folder: Path) -> None:
+    """Checksums of the files the manifest does not list: itself, and what stands beside it."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    write_text(folder / SUMS, "".join(f"{sha256_file(path)}  {path.name}\n" for path in files))
+
+
+def _check_sums(folder: Path) -> set[str]:
+    """The files that `SHA256SUMS` vouches for, and itself. UserError when one is missing or wrong, or it is no such list."""
+    try:
+        *lines, rest = (folder / SUMS).read_text(encoding="ascii").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"file {SUMS} is missing", str(folder), "Publish the version again") from None
+    except UnicodeDecodeError:
+        lines, rest = [], "not text"
+    sums: dict[str, str] = {}
+    for line in lines:
+        found = re.fullmatch(r"([0-9a-f]{64})  (\w[\w.-]*)", line)
+        if not found or rest:
+            raise UserError(f"file {SUMS} is damaged", str(folder), "Publish the version again")
+        sums[found[2]] = found[1]
+    for name in ("manifest.json", *sums):
+        path = folder / name
+        if name not in sums or not path.is_file() or sha256_file(path) != sums[name]:
+            raise UserError(f"file {name} is not what was published (checksum)", str(folder), "Publish the version again")
+    return {SUMS, *sums}
 
 
 def asset(folder: Path, name: str) -> Path | None:

@@ -197,8 +197,7 @@ def parse_leaflet(path: Path) -> Leaflet:
     if not match:
         raise UserError("leaflet has no front matter", str(path), "Start it with a block between two lines of ---")
     try:
-        # BaseLoader keeps every value as text: a feature value `no` is what a person would say, not False.
-        front = yaml.load(match[1], Loader=yaml.BaseLoader)
+        front = yaml.load(match[1], Loader=_FrontMatter)
         if not isinstance(front, dict) or not all(isinstance(name, str) for name in front) or {"id", "sections"} & set(front):
             raise UserError("front matter is not a list of known `name: value` lines", str(path), "See datasets/README.md")
         sections = _parse_sections(match[2], path, first_line=match[1].count("\n") + 4)
@@ -209,6 +208,17 @@ def parse_leaflet(path: Path) -> Leaflet:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 2}" if mark else str(path)
         raise UserError("front matter is not valid YAML", where, "Quote values with colons") from None
+
+
+class _FrontMatter(yaml.BaseLoader):
+    """BaseLoader keeps every value as text: a feature value `no` is what a person would say, not False. Aliases are refused:
+    nine lines of them stand for a billion values, which nobody notices before they are printed."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem="aliases are not taken", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def read_rows(datasets: Path, file: str, kind: type[R]) -> tuple[list[R], list[BadRow]]:

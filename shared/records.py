@@ -15,6 +15,7 @@ from typing import Generic, Protocol, Self, TypeVar
 from pydantic import ValidationError
 
 from shared.errors import UserError
+from shared.files import private
 from shared.library import BadRow
 
 
@@ -49,8 +50,7 @@ class RecordStore(Generic[R]):
         """
         line = record.model_dump_json().encode() + b"\n"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as stream:
+            with private(self.path).open("a+b") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX)
                 size = stream.seek(0, os.SEEK_END)
                 self._catch_up(stream.fileno(), size)

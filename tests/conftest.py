@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 
 from shared.library import SECTIONS
 
+os.environ.setdefault("ALLOWED_HOSTS", "testserver")  # what Starlette's test client calls the service
 settings.register_profile("repeatable", max_examples=50, deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 

@@ -27,6 +27,7 @@ from ai_engineer_track.api.feedback import record_automatically, record_outcome
 from ai_engineer_track.api.limits import OUR_FAULT, error_body, log
 from ai_engineer_track.api.service import Service, ServiceDep
 from ai_engineer_track.api.sessions import NO_SUCH, ClientDep, Exchange, address_of
+from ai_engineer_track.intake import HELP
 from ai_engineer_track.turn import Event, Turn
 from shared.errors import UserError
 from shared.logs import request_id
@@ -80,7 +81,7 @@ def clean(message: str, max_chars: int) -> str:
     if not message:
         raise HTTPException(422, "The message is empty. Write what you would like to know.")
     if len(message) > max_chars:
-        raise HTTPException(413, f"The message is too long: {len(message):,} characters, at most {max_chars:,} are read.")
+        raise HTTPException(413, f"The message is too long: {len(message):,} characters, at most {max_chars:,} are read. {HELP}")
     return message
 
 

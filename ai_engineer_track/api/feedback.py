@@ -23,6 +23,8 @@ from shared.outcomes import Outcome
 #: retrieval less sure than this that the library answers: somebody should look at the answer
 UNSURE = 0.25
 router = APIRouter(tags=["feedback"])
+#: messages before the answer that a record keeps; without an end a long conversation would fill the disk with itself
+EARLIER = 20
 
 
 class Thumb(BaseModel):
@@ -124,7 +126,8 @@ def judge_counts(turn: Turn) -> bool | None:
 def make_record(service: Service, exchange: Exchange, earlier: list[Exchange], kind: Kind, reason: str) -> Feedback:
     """`earlier` are exchanges of the conversation, oldest first; those after this one do not belong to it."""
     turn = exchange.turn
-    before = [e for e in earlier if e.created < exchange.created]
+    place = next((n for n, e in enumerate(earlier) if e.answer_id == exchange.answer_id), len(earlier))
+    before = earlier[:place][-EARLIER:]
     opening = next(iter(_asked_back(before)), exchange)
     return Feedback(
         kind=kind,

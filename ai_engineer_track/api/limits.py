@@ -1,7 +1,7 @@
 """Who may ask, how much and how often: bearer token, body size, rate and concurrency.
 
-`Guard` wraps the whole application, before any of it parses a byte: it gives every request an id, checks token and size, sets
-the security headers and counts. Rate and concurrency are asked for by the routes that cost something.
+`Guard` wraps the whole application, before any of it parses a byte: it gives every request an id, checks where it comes from,
+token and size, sets the security headers and counts. Rate and concurrency are asked for by the routes that cost something.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shared import foreign
 from shared.logs import HEADER, accept_id, request_id
 
 log = logging.getLogger("ai_engineer_track.api")
@@ -55,10 +56,11 @@ class Guard:
         app: ASGIApp,
         token: str | None,
         max_bytes: int,
+        hosts: frozenset[str],
         count: Callable[[str, str, int, float], None],
         refuse: Callable[[str], None],
     ) -> None:
-        self.app, self.token, self.max_bytes, self.count, self.refuse = app, token, max_bytes, count, refuse
+        self.app, self.token, self.max_bytes, self.hosts, self.count, self.refuse = app, token, max_bytes, hosts, count, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,6 +103,8 @@ class Guard:
             request_id.reset(mark)
 
     def _problem(self, path: str, headers: Headers) -> tuple[int, str, str] | None:
+        if why := foreign.refusal(headers, self.hosts, any_host=self.token is not None):
+            return 403, "foreign", why
         if self.token is not None and path not in OPEN_PATHS and not same_token(bearer(headers), self.token):
             return 401, "token", "This service needs a token: send it as `Authorization: Bearer <token>`."
         length = headers.get("content-length", "0")

@@ -23,6 +23,7 @@ from ai_engineer_track.inference import Servers
 from ai_engineer_track.settings import AiSettings
 from shared.errors import UserError
 from shared.feedback import FeedbackStore
+from shared.foreign import allowed_hosts
 from shared.outcomes import OutcomeStore
 
 WEB = Path(__file__).resolve().parent.parent / "web"
@@ -85,6 +86,7 @@ def create_app(
         Guard,
         token=token,
         max_bytes=BYTES_PER_CHAR * settings.api.max_chars,
+        hosts=allowed_hosts(settings.api.host),
         count=service.meters.count_request,
         refuse=lambda why: service.meters.refused.labels(why).inc(),
     )

@@ -25,6 +25,7 @@ from ai_engineer_track.api.limits import bearer
 from ai_engineer_track.api.service import ServiceDep
 from ai_engineer_track.turn import Turn
 from shared.errors import UserError
+from shared.files import private
 from shared.sqlite import is_damage, mend
 
 COOKIE = "client"
@@ -66,9 +67,7 @@ class SessionStore:
     def _open(self) -> None:
         path = self.path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)  # what people say here is nobody else's business on this machine
-            mend(path)
+            mend(private(path))
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.executescript(
                 """
@@ -110,8 +109,10 @@ class SessionStore:
             return False
         return True
 
-    def history(self, session_id: str) -> list[Exchange]:
-        rows = self._run("SELECT body FROM exchanges WHERE session_id = ? ORDER BY rowid", session_id)
+    def history(self, session_id: str, last: int = -1) -> list[Exchange]:
+        """The exchanges, oldest first (in the order they were written: clocks jump); only the `last` ones when not negative."""
+        newest = "SELECT body, rowid AS place FROM exchanges WHERE session_id = ? ORDER BY rowid DESC LIMIT ?"
+        rows = self._run(f"SELECT body FROM ({newest}) ORDER BY place", session_id, last)
         return [Exchange.model_validate_json(body) for (body,) in rows]
 
     def exchange(self, answer_id: str, client: str) -> Exchange | None:

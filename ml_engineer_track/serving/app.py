@@ -37,8 +37,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ml_engineer_track.serving import protocol
 from ml_engineer_track.serving.completions import Answer, Run, Served, begin_chat, begin_completion
+from ml_engineer_track.serving.guard import Guard
 from ml_engineer_track.serving.metrics import Meters
 from ml_engineer_track.serving.protocol import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest
+from shared.foreign import allowed_hosts
 from shared.logs import HEADER, accept_id, request_id
 
 log = logging.getLogger(__name__)
@@ -66,12 +68,12 @@ class State:
             raise ApiError(503, f"not ready: {self.not_ready}", "not_ready", headers={"Retry-After": "1"})
         served = self.models.get(self.aliases.get(name, name))
         if served is None:
-            raise ApiError(400, f"no model {name!r} here; there is: {', '.join(self.models)}", "model_not_found", "model")
+            raise ApiError(400, f"no model {name[:80]!r} here; there is: {', '.join(self.models)}", "model_not_found", "model")
         return served
 
 
-def create_app(state: State, load: Callable[[State], Coroutine[Any, Any, None]]) -> FastAPI:
-    """The API over `state`; `load` fills it while the server already answers /health."""
+def create_app(state: State, load: Callable[[State], Coroutine[Any, Any, None]], host: str = "") -> FastAPI:
+    """The API over `state`; `load` fills it while the server already answers /health. `host` is the name it listens on."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -82,6 +84,7 @@ def create_app(state: State, load: Callable[[State], Coroutine[Any, Any, None]])
 
     app = FastAPI(title="Inference server", description="OpenAI's API over the engine that fits the machine", lifespan=lifespan)
     meters = Meters(lambda: {name: served.engine for name, served in state.models.items()})
+    app.add_middleware(Guard, hosts=allowed_hosts(host))
     app.add_middleware(_Counted, meters=meters)
     _add_errors(app)
     _add_status(app, state, meters)

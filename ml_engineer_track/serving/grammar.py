@@ -17,6 +17,8 @@ from typing import Any
 
 MAX_NODES = 20_000
 MAX_REPEAT = 2_000
+#: characters a grammar stands for when all its counted repetitions are written out, which is what the engines do
+MAX_UNROLLED = 500_000
 MAX_CHARACTERS = 200_000
 
 
@@ -132,7 +134,8 @@ def _as_text(kind: str, value: object) -> str:
 
 
 def check(rules: Mapping[str, Node]) -> None:
-    """GrammarError for unknown rules, left recursion, endless loops, rules that never end, and grammars that are too large."""
+    """GrammarError for unknown rules, left recursion, endless loops, rules that never end, half characters, and grammars that
+    are too large. Takes time linear in the grammar: it runs while other requests wait."""
     nodes = [node for rule in rules.values() for node in walk(rule)]
     if len(nodes) > MAX_NODES:
         raise GrammarError(f"the grammar has {len(nodes):,} parts, at most {MAX_NODES:,}")
@@ -145,14 +148,17 @@ def check(rules: Mapping[str, Node]) -> None:
             raise GrammarError(f"a repetition of at least {node.least} and at most {node.most}")
         if isinstance(node, Chars) and not node.negated and not node.ranges:
             raise GrammarError("a character class matches nothing")
+        if isinstance(node, Text) and any("\ud800" <= c <= "\udfff" for c in node.value):
+            raise GrammarError("half of a surrogate pair is no character")
     empty = _fixpoint(rules, _may_be_empty)
     for node in nodes:
         if isinstance(node, Repeat) and node.most is None and _may_be_empty(node.part, empty):
             raise GrammarError("something that may be empty repeats without end")
     if dead := set(rules) - _fixpoint(rules, _ends):
         raise GrammarError(f"rule {min(dead)!r} never comes to an end")
-    for name in rules:
-        _refuse_left_recursion(name, rules, empty)
+    _refuse_left_recursion(rules, empty)
+    if _unrolled(rules) > MAX_UNROLLED:
+        raise GrammarError(f"its repetitions written out are more than {MAX_UNROLLED:,} characters")
 
 
 def walk(node: Node) -> Iterator[Node]:
@@ -173,12 +179,19 @@ def _below(node: Node) -> Sequence[Node]:
 
 
 def _fixpoint(rules: Mapping[str, Node], holds: Any) -> set[str]:
+    """The rules `holds` is true of, given those it is true of. A rule is looked at again when one it uses was found."""
+    users: dict[str, list[str]] = {name: [] for name in rules}
+    for name, rule in rules.items():
+        for used in {node.name for node in walk(rule) if isinstance(node, Rule)}:
+            users[used].append(name)
     found: set[str] = set()
-    while True:
-        more = {name for name, node in rules.items() if name not in found and holds(node, found)}
-        if not more:
-            return found
-        found |= more
+    waiting = list(rules)
+    while waiting:
+        name = waiting.pop()
+        if name not in found and holds(rules[name], found):
+            found.add(name)
+            waiting.extend(users[name])
+    return found
 
 
 def _may_be_empty(node: Node, rules: set[str]) -> bool:
@@ -203,17 +216,32 @@ def _ends(node: Node, rules: set[str]) -> bool:
     return any(_ends(option, rules) for option in node.options) if isinstance(node, Either) else True
 
 
-def _refuse_left_recursion(start: str, rules: Mapping[str, Node], empty: set[str]) -> None:
-    seen: set[str] = set()
-    stack = [rules[start]]
+def _refuse_left_recursion(rules: Mapping[str, Node], empty: set[str]) -> None:
+    """Depth first over "may begin with", every rule once; a rule met while it is being looked at begins with itself."""
+    done: set[str] = set()
+    for start in rules:
+        path: dict[str, Iterator[str]] = {}  # rules being looked at, outermost first, each with what it may begin with
+        if start not in done:
+            path[start] = _first_rules(rules[start], empty)
+        while path:
+            name = next(reversed(path))
+            begins = next(path[name], None)
+            if begins is None:
+                done.add(name)
+                del path[name]
+            elif begins in path:
+                raise GrammarError(f"rule {begins!r} is left-recursive: write it as a repetition")
+            elif begins not in done:
+                path[begins] = _first_rules(rules[begins], empty)
+
+
+def _first_rules(node: Node, empty: set[str]) -> Iterator[str]:
+    """Names of the rules a node may begin with."""
+    stack = [node]
     while stack:
         node = stack.pop()
-        if isinstance(node, Rule) and node.name == start:
-            raise GrammarError(f"rule {start!r} is left-recursive: write it as a repetition")
         if isinstance(node, Rule):
-            if node.name not in seen:
-                seen.add(node.name)
-                stack.append(rules[node.name])
+            yield node.name
         elif isinstance(node, Seq):
             for part in node.parts:
                 stack.append(part)
@@ -221,6 +249,18 @@ def _refuse_left_recursion(start: str, rules: Mapping[str, Node], empty: set[str
                     break
         else:
             stack.extend(_below(node))
+
+
+def _unrolled(rules: Mapping[str, Node]) -> int:
+    """Characters of all rules with every counted repetition written out; a rule that is used counts once where it stands."""
+
+    def size(node: Node) -> int:
+        if isinstance(node, Text):
+            return len(node.value)
+        inside = sum(map(size, _below(node))) or 1
+        return inside * max(1, node.least, node.most or 0) if isinstance(node, Repeat) else inside
+
+    return sum(map(size, rules.values()))
 
 
 # --- the two dialects ------------------------------------------------------------------------------------------------

@@ -65,7 +65,11 @@ def serve(
             raise
 
     config = uvicorn.Config(
-        create_app(state, load), log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS, backlog=BACKLOG, lifespan="on"
+        create_app(state, load, host),
+        log_level="warning",
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        backlog=BACKLOG,
+        lifespan="on",
     )
     server = uvicorn.Server(config)
     print(f"listening on http://{host}:{taken.getsockname()[1]}/v1, loading {', '.join(e.name for e in found)}", flush=True)

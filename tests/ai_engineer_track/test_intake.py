@@ -16,7 +16,8 @@ from shared import library as lib
         ("  my   head\n\nhurts ", "my head hurts"),
         ("<p>my <b>head</b> hurts</p><script>steal()</script>", "my head hurts"),
         ("fever &amp; rash, temp < 38 and > 37", "fever & rash, temp < 38 and > 37"),
-        ("zero\u200bwidth\u202eturned", "zero width turned"),
+        ("my ch\u200best hu\u202erts", "my chest hurts"),
+        ("my\x07head\x0bhurts", "my head hurts"),
         ("Is 37.5 > normal for my baby?", "Is 37.5 > normal for my baby?"),
     ],
 )

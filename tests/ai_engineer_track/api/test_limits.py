@@ -117,10 +117,10 @@ def test_a_sensible_request_id_is_kept_and_any_other_replaced(client: TestClient
 def test_other_sites_may_not_call(client: TestClient) -> None:
     origin = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
     preflight = client.options("/chat", headers=origin)
-    assert preflight.status_code == 405
+    assert preflight.status_code == 403
     assert not any(name.startswith("access-control") for name in preflight.headers)
     form = client.post("/chat", content='{"message": "hi"}', headers={"Content-Type": "text/plain", **origin})
-    assert form.status_code == 422
+    assert form.status_code == 403
 
 
 @pytest.mark.parametrize("path", ["/../pyproject.toml", "/%2e%2e/settings.py", "/app.js/../../settings.py", "/docs", "/redoc"])
@@ -166,3 +166,18 @@ def test_a_place_that_was_refused_for_want_of_room_is_free_for_others(tmp_path: 
     assert refused.value.status_code == 503
     in_another_process(tmp_path / "working.lock", "s-2", "pass").wait()
     full.close()
+
+
+@pytest.mark.parametrize("path", ["/", "/chat", "/search?q=x", "/metrics", "/sessions/x", "/v1/models", "/openapi.json"])
+def test_a_name_that_was_pointed_here_gets_nothing(client: TestClient, path: str) -> None:
+    """DNS rebinding: the page that owns the name could read every reply."""
+    reply = client.get(path, headers={"Host": "attacker.example:8000"})
+    assert reply.status_code == 403
+    assert "ALLOWED_HOSTS" in reply.json()["error"]["message"]
+    assert "set-cookie" not in reply.headers
+
+
+def test_no_redirect_leads_to_a_host_the_client_named(client: TestClient) -> None:
+    reply = client.get("/leaflets/", headers={"Host": "attacker.example"}, follow_redirects=False)
+    assert "location" not in reply.headers
+    assert reply.status_code == 403

@@ -161,7 +161,7 @@ def test_nothing_is_answered_before_the_models_are_ready(base_tokenizer: PreTrai
 
     async def run() -> None:
         transport = httpx.ASGITransport(create_app(State(), never))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             assert (await client.get("/health")).status_code == 200
             ready = await client.get("/ready")
             assert (ready.status_code, ready.json()["why"]) == (503, "loading")
@@ -280,3 +280,27 @@ def test_the_pieces_of_a_text_are_the_text(base_tokenizer: PreTrainedTokenizerBa
 )
 def test_no_piece_of_a_stop_text_is_shown(base_tokenizer: PreTrainedTokenizerBase, stop: str, shown: str) -> None:
     assert "".join(pieces(base_tokenizer, "Fever and chills.", "zzz", stop)[0]) == shown
+
+
+def test_a_page_elsewhere_cannot_use_the_server(slow: tuple[str, CountingEngine]) -> None:
+    address, engine = slow
+    for headers in ({"Host": "attacker.example"}, {"Origin": "https://attacker.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/metrics")):
+            answer = httpx.request(method, f"{address}{path}", json=CHAT if method == "POST" else None, headers=headers)
+            assert answer.status_code == 403
+            assert answer.json()["error"]["code"] == "foreign_request"
+    assert engine.stats().running == 0
+
+
+def test_a_body_without_end_is_refused(slow: tuple[str, CountingEngine]) -> None:
+    address, _ = slow
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 100_000
+
+    whole = httpx.post(f"{address}/v1/chat/completions", content=b" " * 8_000_001, timeout=60)
+    pieces = httpx.post(f"{address}/v1/chat/completions", content=endless(), timeout=60)
+    for answer in (whole, pieces):
+        assert answer.status_code == 413
+        assert "too large" in answer.json()["error"]["message"]

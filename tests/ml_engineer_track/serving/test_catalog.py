@@ -64,5 +64,6 @@ def test_other_words_in_the_prompts_are_refused(artifact: Path, tmp_path: Path) 
     manifest.prompt_version += 1
     manifest.variants = {}
     write_text(tmp_path / "manifest.json", manifest.model_dump_json())
+    handoff.write_sums(tmp_path)
     with pytest.raises(UserError, match="trained on prompt version"):
         entries(tmp_path, [], "auto", tmp_path)

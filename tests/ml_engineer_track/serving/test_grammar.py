@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 import jsonschema
@@ -203,3 +204,34 @@ def test_what_cannot_be_held_to_is_refused_with_the_reason(structured: dict[str,
 def test_no_text_raises_anything_but_a_grammar_error(kind: str, text: str) -> None:
     with contextlib.suppress(GrammarError):
         constraint({kind: text})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"regex": "((a{1000}){1000}){1000}"},
+        {"regex": "((a{0,1000}b){0,1000}c){0,1000}"},
+        {"grammar": 'root ::= ("x"{1000}){1000}'},
+        {"json": {"type": "string", "pattern": "(a{1000}){1000}"}},
+        {"json": {"type": "array", "items": {"type": "array", "items": {"type": "string", "maxLength": 1000}, "maxItems": 1000},
+                  "maxItems": 1000}},
+    ],
+)  # fmt: skip
+def test_repetitions_of_repetitions_are_refused_before_an_engine_writes_them_out(asked: dict[str, Any]) -> None:
+    with pytest.raises(GrammarError, match="repetitions written out"):
+        constraint(asked)
+
+
+@pytest.mark.parametrize("asked", [{"choice": ["\ud800"]}, {"regex": "\udfff"}, {"json": {"enum": ["\ud83d"]}}])
+def test_half_a_character_is_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(GrammarError, match="surrogate"):
+        constraint(asked)
+
+
+def test_left_recursion_is_found_through_a_thousand_rules() -> None:
+    """Looking from every rule anew took time with the square of their number, while all other requests waited."""
+    rules = "\n".join(f'r{i}: r{i + 1} "a" | r0 "b"' if i % 400 == 399 else f'r{i}: r{i + 1} "a"' for i in range(1000))
+    began = time.perf_counter()
+    with pytest.raises(GrammarError, match="left-recursive"):
+        constraint({"grammar": f'start: r0\n{rules}\nr1000: "end"'})
+    assert time.perf_counter() - began < 10

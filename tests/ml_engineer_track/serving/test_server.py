@@ -288,6 +288,7 @@ def test_a_variant_that_answers_otherwise_never_becomes_ready(artifact: Path, tm
     manifest = handoff.read_manifest(folder)
     manifest.variants["q4_0"].golden[1].token_ids[2] += 1
     write_text(folder / "manifest.json", manifest.model_dump_json())
+    handoff.write_sums(folder)
     process = run_serve("--model", str(folder), "--variant", "q4_0")
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 2
