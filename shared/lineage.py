@@ -151,6 +151,8 @@ def find_answer(answer_id: str, artifacts: Path) -> Answer:
     if kept:
         turn = kept[0].turn
         found |= {"question": kept[0].message, "kind": turn.kind, "text": turn.text, "passages": [p.id for p in turn.passages]}
+        noted = {"model": turn.model_version, "index_version": turn.index_version, "prompt_version": turn.prompt_version}
+        found |= {name: value for name, value in noted.items() if value}
         found["cited"] = [citation.sentence_id for citation in turn.citations]
         found["seen_in"].append(exchanges.FILE)
     if remarks:
