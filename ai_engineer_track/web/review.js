@@ -37,8 +37,9 @@ async function next() {
 
 function tell({ failed, labelled, yours, agreement }) {
   const kappa = (value) => (value === null ? "not known yet" : value.toFixed(2));
-  $("progress").textContent = `${labelled} of ${failed} labelled, ${yours} left for you. Two reviewers said the same ${agreement.same} of `
-    + `${agreement.answers} times; kappa ${kappa(agreement.action)} (what to do), ${kappa(agreement.sentences)} (which sentences)`;
+  const agreed = `Two reviewers said the same ${agreement.same} of ${agreement.answers} times; kappa ${kappa(agreement.action)} (what to do), `
+    + `${kappa(agreement.sentences)} (which sentences)`;
+  $("progress").textContent = `${labelled} of ${failed} labelled, ${yours} left for you. ${agreement.answers ? agreed : ""}`;
 }
 
 function show() {
@@ -65,11 +66,12 @@ function asked() {
 }
 
 function given() {
-  const reasons = task.reasons.map((one) => make("li", { className: one.counts ? "badge doubt" : "badge",
+  const reasons = task.reasons.map((one) => make("li", { className: one.counts ? "badge doubt" : "badge plain",
     textContent: [why[one.kind] || one.kind, one.text].filter(Boolean).join(": ") + (one.counts ? "" : " (this judge is not trusted)") }));
   const withheld = task.withheld ? [make("h3", { textContent: "Written and not shown" }), make("p", { textContent: task.withheld })] : [];
-  return make("div", {}, make("h3", { textContent: `Answered by ${task.model_version}` }),
-    make("div", { className: "given" }, make("p", { textContent: task.text }), ...withheld, make("ul", { className: "reasons" }, ...reasons)));
+  return make("div", {}, make("h3", { textContent: "Answered" }),
+    make("div", { className: "given" }, make("p", { textContent: task.text }), ...withheld,
+      make("ul", { className: "reasons" }, ...reasons), make("p", { className: "fine", textContent: `${task.answer_id} by ${task.model_version}` })));
 }
 
 function opinions() {
