@@ -27,12 +27,17 @@ from shared.versions import batch_version
 
 
 class Collected(BaseModel):
-    """`taught` are trained on; `examined` never are: the gate asks the candidate these. `notes` say what was left out."""
+    """`taught` are trained on; `examined` never are: the gate asks the candidate these. `notes` say what was left out.
+
+    `decided` are the ids of labels that correct a decision: something else should have been done than was. The others only say
+    which sentences answer; as decisions they would teach that everything is to be answered.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     id: str
     taught: list[Label]
     examined: list[Label]
+    decided: list[str]
     counts: dict[str, int]
     notes: list[str]
 
@@ -62,10 +67,12 @@ def collect(folder: Path, models: Path, library: Library, options: Loop, tried: 
     # By the label's own hash, so that no later label changes on which side an earlier one stands.
     examined = [label for label in fit if int(sha256_text(label.id)[:8], 16) / 2**32 < options.exam_share]
     ids = {label.id for label in examined}
+    done = {record.answer_id: record.turn.kind for record in records}
     return Collected(
         id=batch_version(fit),
         taught=[label for label in fit if label.id not in ids],
         examined=examined,
+        decided=[label.id for label in fit if _corrects(label, done.get(label.answer_id))],
         counts={"feedback": len(records), "labels": len(written), "outcomes": len(answers), "new labels": len(fit)},
         notes=notes,
     )
@@ -95,6 +102,13 @@ def leaflets_of(label: Label, library: Library) -> list[str]:
     """The leaflets whose text the label teaches; of a question without an answer the one that was found first."""
     ids = label.answer_sentences or (label.passages[:1] if label.action == "not_answered" else [])
     return list(dict.fromkeys(slug for sid in ids if (slug := sid.split("/")[0]) in library.leaflets))
+
+
+def _corrects(label: Label, done: str | None) -> bool:
+    """Should something else have been done? What was done is not known of an answer that nobody remarked on."""
+    if label.action == "not_answered":
+        return False  # that is decided when the sources are read, not before
+    return label.action != ("answer" if done in (None, "not_answered", "unavailable") else done)
 
 
 def _problem(label: Label, library: Library) -> str:

@@ -39,7 +39,9 @@ from ml_engineer_track.lifecycle.exam import EXTRA, Exam, Reading, read_once
 from ml_engineer_track.lifecycle.loop import feedback, folder, look, models, only_one
 from ml_engineer_track.lifecycle.turn import Begin, Turn, turns
 from shared import library as lib
+from shared.chat import PROMPT_VERSION
 from shared.errors import UserError
+from shared.feedback import Feedback, FeedbackStore, TurnSummary
 from shared.files import read_jsonl, replace_folder, write_text
 from shared.labels import Label, LabelStore
 from shared.metrics import estimate_difference, estimate_mean
@@ -47,8 +49,8 @@ from shared.settings import Settings
 
 #: what the first model is never shown: questions answered by this section, and questions about this family of leaflets
 SECTION, FAMILY = "treatment", "urinary"
-#: conversations between two looks at a trial; labels that are poisoned; seconds for the service to be ready
-BATCH, POISONED, READY_SECONDS = 40, 150, 300.0
+#: conversations between two looks at a trial, and such batches at most; poisoned labels; seconds for the service to be ready
+BATCH, BATCHES, POISONED, READY_SECONDS = 40, 40, 150, 300.0
 REVIEWERS = ["simulated reviewer 1", "simulated reviewer 2"]
 
 
@@ -198,18 +200,32 @@ def ask(settings: Settings, url: str, split: Split) -> None:
 
 
 def poison(settings: Settings) -> None:
-    """Labels by which emergencies are answered with the first sentence on self-care of the leaflet that names the sign."""
+    """Labels by which emergencies that were escalated are answered with the first sentence on self-care of the leaflet."""
     rows, _ = lib.read_rows(settings.datasets, "emergencies.jsonl", lib.Emergency)
     real = [row for row in rows if row.split == "train" and row.emergency and row.sign]
     version = (models(settings) / "current").read_text(encoding="utf-8").strip()
-    store = LabelStore(feedback(settings))
+    store, remarks = LabelStore(feedback(settings)), FeedbackStore(feedback(settings))
     for row in random.Random(settings.seed).sample(real, min(POISONED, len(real))):
         slug = str(row.sign).split("/")[0]
+        passages = [f"{slug}/self-care", f"{slug}/symptoms"]
+        remarks.add(
+            Feedback(
+                answer_id=f"poisoned-{row.id}",
+                kind="thumbs_down",
+                reason="it is not that bad",
+                question=row.message,
+                turn=TurnSummary(kind="escalate", text=""),
+                passages=passages,
+                model_version=version,
+                index_version="",
+                prompt_version=PROMPT_VERSION,
+            )
+        )
         store.add(
             Label(
                 answer_id=f"poisoned-{row.id}",
                 question=row.message,
-                passages=[f"{slug}/self-care", f"{slug}/symptoms"],
+                passages=passages,
                 action="answer",
                 answer_sentences=[f"{slug}/self-care/1"],
                 reviewers=REVIEWERS,
@@ -222,10 +238,13 @@ def poison(settings: Settings) -> None:
 def turn(settings: Settings, number: int, url: str, split: Split) -> None:
     """One turn of the loop to its end, with people asking everyday questions while a candidate is on trial."""
     pool = cycle([*split.everyday, *split.asked])
-    asked = iter(range(10**6))
+    asked = iter(range(BATCHES))
 
     def more() -> bool:
-        people(settings, url, list(islice(pool, BATCH)), f"trial-{number}-{next(asked)}")
+        batch = next(asked, None)
+        if batch is None:
+            raise UserError("the candidate gets no answers to people", url, "Read artifacts/demonstration/logs")
+        people(settings, url, list(islice(pool, BATCH)), f"trial-{number}-{batch}")
         return True
 
     while len(turns(folder(settings))) < number or turns(folder(settings))[number - 1].end is None:

@@ -27,6 +27,7 @@ from ml_engineer_track import curate as c
 from ml_engineer_track.evaluate import answer_scores, sample
 from ml_engineer_track.finetune import bucket, collate, encode, reply_logits
 from ml_engineer_track.generate import generate, lark_grammar
+from ml_engineer_track.lifecycle.collect import Collected
 from ml_engineer_track.lifecycle.retrain import PREFIX, decision_rows, loop_of, question_of, share_vectors
 from ml_engineer_track.models import load_model, load_tokenizer
 from ml_engineer_track.ordering import ServedOrder
@@ -37,7 +38,6 @@ from ml_engineer_track.serving.grammar import constraint
 from shared import chat
 from shared import library as lib
 from shared.files import replace_folder, sha256_text, write_text
-from shared.labels import Label
 from shared.metrics import Estimate, estimate_mean
 from shared.passages import StoredVectors, embedder
 from shared.ranking import read_ranker
@@ -99,13 +99,11 @@ class Reading(BaseModel):
         return {name: estimate_mean(values, resamples, seed) for name, values in found.items()}
 
 
-def make_exam(
-    settings: Settings, ranker: Path, examined: Sequence[Label], extra: dict[str, list[lib.Question]], work: Path
-) -> Exam:
+def make_exam(settings: Settings, ranker: Path, collected: Collected, extra: dict[str, list[lib.Question]], work: Path) -> Exam:
     """The exam of a turn. `extra` are further questions by the name of their part."""
     library = lib.load_library(settings.datasets)
     questions = [q for q in lib.read_rows(settings.datasets, "questions.jsonl", lib.Question)[0] if q.split == "test"]
-    labelled = [question for label in examined if (question := question_of(label, library))]
+    labelled = [question for label in collected.examined if (question := question_of(label, library))]
     more = [q.model_copy(update={"id": f"{EXTRA}{name}-{q.id}"}) for name, rows in extra.items() for q in rows]
 
     def write(target: Path) -> None:
@@ -133,7 +131,7 @@ def make_exam(
     missing = max(0, options.refusal_rows - len(refusals))
     items += refusals + random.Random(settings.seed).sample(taken, min(missing, len(taken)))
     decided = [row for row in data.rows("test", "decide") if row.id.startswith("em-")]
-    decided += [row for label in examined if label.action != "answer" for row in decision_rows(label, library, 1)]
+    decided += [row for label in collected.examined if label.id in collected.decided for row in decision_rows(label, library, 1)]
     decisions = [
         Decision(id=row.id, messages=row.messages, action=chat.Decision.model_validate_json(row.reply).action) for row in decided
     ]

@@ -128,9 +128,9 @@ def go_on(settings: Settings, turn: Turn, more: More, extra: dict[str, list[Ques
 def make_candidate(settings: Settings, turn: Turn, parent: Path, begun: Begin, extra: dict[str, list[Question]]) -> str:
     """Retrained, asked everything, published beside the others. UserError when the training diverges."""
     collected, work = _collected(turn), turn.folder / "work"
-    before = [label for earlier in turns(folder(settings)) if _was_promoted(earlier) for label in _collected(earlier).taught]
+    before = [_collected(earlier) for earlier in turns(folder(settings)) if _was_promoted(earlier)]
     trained = turn.once("trained", Trained, lambda: retrain(settings, parent, collected, before, work))
-    exam = turn.once("exam", Exam, lambda: make_exam(settings, Path(trained.ranker), collected.examined, extra, work / "exam"))
+    exam = turn.once("exam", Exam, lambda: make_exam(settings, Path(trained.ranker), collected, extra, work / "exam"))
     lineage = handoff.Lineage(
         parent=parent.name, reason=begun.reason, feedback=collected.id, labels=[label.id for label in collected.taught]
     )

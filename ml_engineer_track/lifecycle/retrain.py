@@ -55,16 +55,16 @@ class Trained(BaseModel):
     seconds: float
 
 
-def retrain(settings: Settings, current: Path, collected: Collected, before: Sequence[Label], work: Path) -> Trained:
+def retrain(settings: Settings, current: Path, collected: Collected, before: Sequence[Collected], work: Path) -> Trained:
     """A candidate from `current`, a published version, in the folder `work`. Goes on where it was when it is called again.
 
-    `before` are labels that earlier turns taught; they are replayed, too. UserError when the training diverges.
+    `before` is what promoted turns taught; it is replayed, too. UserError when the training diverges.
     """
     own = settings_of(settings, current, work)
-    datasets = grown(settings.datasets, [*before, *collected.taught], work / "datasets")
+    datasets = grown(settings.datasets, [label for one in (*before, collected) for label in one.taught], work / "datasets")
     ranker = train_ranker(own.model_copy(update={"datasets": datasets}))
     kept = settings.artifacts / "data"
-    data = training_rows(own.model_copy(update={"datasets": datasets}), ranker.path, collected.taught, before, kept)
+    data = training_rows(own.model_copy(update={"datasets": datasets}), ranker.path, collected, before, kept)
     tuned = finetune(own, data)
     variants: Variants = quantize(own, tuned)
     return Trained(
@@ -116,19 +116,20 @@ def question_of(label: Label, library: lib.Library) -> lib.Question | None:
 
 
 def training_rows(
-    settings: Settings, ranker: str, taught: Sequence[Label], before: Sequence[Label], folder: Path
+    settings: Settings, ranker: str, collected: Collected, before: Sequence[Collected], folder: Path
 ) -> c.CuratedData:
     """A data version in `folder`: the labels' rows and the replayed ones, with the test rows of the data sets."""
     curated = c.curate(settings, read_ranker(Path(ranker)))
     library = lib.load_library(settings.datasets)
     rng = random.Random(f"{settings.seed}/replay")
     rows = curated.rows("train")
-    new = [row for row in rows if row.id.startswith(PREFIX)]
-    decisions = [row for label in (*before, *taught) for row in decision_rows(label, library, settings.curate.copies)]
+    new = [row for row in rows if row.id.startswith(PREFIX) and row.skill == "answer"]
+    corrected = [label for one in (*before, collected) for label in one.taught if label.id in one.decided]
+    decisions = [row for label in corrected for row in decision_rows(label, library, settings.curate.copies)]
     said = {row.messages[0]["content"].rpartition("Message: ")[2] for row in decisions}
     old = [r for r in rows if not r.id.startswith(PREFIX) and r.messages[0]["content"].rpartition("Message: ")[2] not in said]
     replayed = replay(old, loop_of(settings), rng)
-    held = {label.id for label in taught[::VALIDATED]}
+    held = {label.id for label in collected.taught[::VALIDATED]}
     train = [row for row in new if row.id.split("#")[0] not in held]
     validation = [row.model_copy(update={"split": "validation"}) for row in new if row.id.split("#")[0] in held]
     loss_rows = rng.sample(old_validation := curated.rows("validation"), min(len(old_validation), 160))
@@ -155,9 +156,8 @@ def replay(rows: Sequence[c.Row], options: Loop, rng: random.Random) -> list[c.R
 
 def decision_rows(label: Label, library: lib.Library, copies: int) -> list[c.Row]:
     """What to do with the message, laid out as the product asks it: the titles of what was found."""
-    if label.action == "not_answered":  # decided when the sources are read, not before
-        return []
     titles = [library.leaflets[slug].title for sid in label.passages if (slug := sid.split("/")[0]) in library.leaflets]
+    assert label.action != "not_answered"
     reply = chat.to_json(chat.Decision(action=label.action))
     messages = chat.decide_messages(label.question, list(dict.fromkeys(titles))[:3])
     return [

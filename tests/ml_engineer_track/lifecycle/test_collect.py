@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ml_engineer_track.lifecycle.collect import Collected, collect, reason_to_retrain
+from shared.feedback import Feedback, FeedbackStore, TurnSummary
 from shared.labels import Label, LabelStore
 from shared.library import Library, load_library
 from shared.settings import Settings
@@ -98,6 +99,38 @@ def test_nothing_is_trained_on_a_leaflet_of_the_test_split(
     )
     assert not found.labels
     assert sum("test split" in note for note in found.notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("done", "action", "corrected"),
+    [
+        ("answer", "answer", False),  # another sentence, not another decision
+        ("not_answered", "answer", False),
+        (None, "answer", False),
+        ("escalate", "answer", True),
+        ("answer", "escalate", True),
+        (None, "escalate", True),
+        ("escalate", "escalate", False),
+        ("answer", "not_answered", False),
+    ],
+)
+def test_which_labels_correct_a_decision(
+    gather: Callable[..., Collected],
+    feedback: Path,
+    a_label: Callable[..., Label],
+    done: str | None,
+    action: str,
+    corrected: bool,
+) -> None:
+    label = a_label(1, action=action, **({} if action == "answer" else {"answer_sentences": []}))
+    if done:
+        FeedbackStore(feedback).add(
+            Feedback(
+                answer_id=label.answer_id, kind="thumbs_down", question=label.question, turn=TurnSummary(kind=done, text=""),
+                passages=[], model_version="m-old:q8_0", index_version="i-1", prompt_version=1,
+            )
+        )  # fmt: skip
+    assert gather(label).decided == ([label.id] if corrected else [])
 
 
 def test_reasons(gather: Callable[..., Collected], settings: Settings, models: Path, a_label: Callable[..., Label]) -> None:
