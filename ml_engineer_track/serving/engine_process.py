@@ -12,6 +12,7 @@ last step has been read.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import signal
@@ -41,7 +42,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Recover:
-    """Answers `Failed`: everything sent before it belonged to the batch that failed."""
+    """What was sent before it belonged to a batch that failed; answers `Failed`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class EngineProcess(Engine):
         self.jobs: dict[int, Job] = {}
         self.number = 0
         self.process: multiprocessing.process.BaseProcess | None = None
+        atexit.register(self.close)  # Python waits for the process at its end, and the process for its pipe to close
 
     def check(self, generation: Generation) -> None:
         self.local.check(generation)
@@ -128,6 +130,7 @@ class EngineProcess(Engine):
         return self.process is not None and self.process.is_alive()
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         super().close()
         if self.process is not None:
             self.pipe.close()
@@ -176,8 +179,10 @@ class Worker:
             else:
                 self.tell()
 
-    def obey(self, order: Begin | Stop) -> None:
-        if isinstance(order, Begin):
+    def obey(self, order: Begin | Stop | Recover) -> None:
+        if isinstance(order, Recover):
+            self.start_again()
+        elif isinstance(order, Begin):
             job = self.jobs[order.number] = Job(order.generation, Stream(None), 0, state=None)
             self.engine.running.add(job)
             try:
@@ -206,6 +211,9 @@ class Worker:
         self.pipe.send(Failed(reason(error)))
         while not isinstance(self.pipe.recv(), Recover):
             pass
+        self.start_again()
+
+    def start_again(self) -> None:
         self.jobs.clear()
         self.engine.running.clear()
         self.engine.take()

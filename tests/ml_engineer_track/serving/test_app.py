@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -27,15 +28,16 @@ CHAT: dict[str, Any] = {"model": "counting", "messages": [{"role": "user", "cont
 
 
 @contextmanager
-def running(engine: CountingEngine, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The app on a socket of its own, in a thread."""
+def running(engine: CountingEngine, tokenizer: PreTrainedTokenizerBase, drain: int | None = None) -> Iterator[str]:
+    """The app on a socket of its own, in a thread; when it ends, running replies have `drain` seconds."""
 
     async def load(state: State) -> None:
         state.models["counting"] = served(engine, tokenizer)
         state.not_ready = ""
 
     taken = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(State(), load), log_level="critical"))
+    config = uvicorn.Config(create_app(State(), load), log_level="critical", timeout_graceful_shutdown=drain)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([taken],))
     thread.start()
     address = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -153,6 +155,35 @@ def test_the_first_word_is_on_its_way_before_the_engine_takes_another_step(
     asyncio.run(run())
     assert steps_before[0] == 1
     assert steps_before[-1] == 200
+
+
+def test_what_can_never_fit_the_cache_is_refused_at_once_with_the_counts(
+    counting: Make, base_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    engine = counting(capacity=100)
+    with running(engine, base_tokenizer) as address:
+        answer = httpx.post(f"{address}/v1/chat/completions", json={**CHAT, "max_tokens": 200})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "does_not_fit")
+    assert "the reply may take 200; the key-value cache of this server holds 100" in answer.json()["error"]["message"]
+    assert engine.steps == 0
+
+
+def test_draining_ends_at_its_deadline(counting: Make, base_tokenizer: PreTrainedTokenizerBase) -> None:
+    """A reply that would take ten seconds more does not keep the server from ending after one."""
+    engine = counting(seconds=0.03, max_running=2)
+
+    def read(address: str) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.post(f"{address}/v1/chat/completions", json={**CHAT, "max_tokens": 400, "stream": True}, timeout=60)
+
+    with running(engine, base_tokenizer, drain=1) as address:
+        reader = threading.Thread(target=read, args=(address,))
+        reader.start()
+        wait(lambda: engine.stats().running == 1)
+        told = time.perf_counter()
+    assert time.perf_counter() - told < 9
+    reader.join(timeout=20)
+    assert engine.stats().running == 0
 
 
 def test_nothing_is_answered_before_the_models_are_ready(base_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -143,6 +144,16 @@ def test_json_follows_its_schema_in_compact_form(client: openai.OpenAI) -> None:
     assert Decision.model_validate_json(content(client.chat.completions.create(**GREEDY, response_format=schema)))
 
 
+def test_json_objects_and_small_top_p(client: openai.OpenAI) -> None:
+    """`json_object` may run out of tokens before its end, never leave JSON; of a tiny top_p only the likeliest token is left."""
+    answer = client.chat.completions.create(**{**GREEDY, "max_tokens": 400}, response_format={"type": "json_object"})
+    assert content(answer).startswith("{")
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(content(answer)), dict)
+    likeliest = client.chat.completions.create(**{**GREEDY, "temperature": 1.5, "top_p": 1e-6})
+    assert content(likeliest) == content(client.chat.completions.create(**GREEDY))
+
+
 def test_json_with_free_texts_and_numbers_parses(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",
@@ -174,7 +185,11 @@ def test_grounded_replies_quote_the_sources_streamed_too(client: openai.OpenAI) 
 
 def test_grounded_over_sixty_sentences(client: openai.OpenAI) -> None:
     sources = [Source(id=str(n), heading="Rest", text=f'Advice {n}: rest – "properly" – for {n} days.') for n in range(60)]
-    reply = structured(client, answer_messages("How long should I rest?", sources), grammar=grounded_grammar(sources))
+    messages, body = answer_messages("How long should I rest?", sources), {"grammar": grounded_grammar(sources)}
+    reply = structured(client, messages, **body)
+    options: dict[str, Any] = {**GREEDY, "messages": messages, "max_tokens": 200, "extra_body": {"structured_outputs": body}}
+    streamed = client.chat.completions.create(**options, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == reply
     texts = [quote(n, source.text) for n, source in enumerate(sources, start=1)]
     assert reply == NOT_ANSWERED or all(quote(q.number or 0, q.text) in texts for q in parse_answer(reply))
 
@@ -255,6 +270,44 @@ def test_a_client_that_leaves_frees_its_slot(address: str, client: openai.OpenAI
         time.sleep(0.05)
     assert gauge(address, "kv_cache_usage_perc") == 0
     assert content(client.chat.completions.create(**GREEDY))
+
+
+@pytest.mark.slow
+def test_sigterm_while_it_loads_ends_it_and_its_engine(artifact: Path) -> None:
+    process = run_serve("--model", str(artifact), "--variant", "q4_0")
+    try:
+        address_of(process)
+        found = psutil.Process(process.pid)
+        deadline = time.monotonic() + 120
+        while not found.children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        children = found.children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+        assert psutil.wait_procs(children, timeout=20)[1] == []
+    finally:
+        stop(process)
+
+
+@pytest.mark.slow
+def test_an_engine_that_crashes_fails_its_batch_and_the_next_request_finds_a_new_one(artifact: Path) -> None:
+    process = run_serve("--model", str(artifact), "--variant", "q4_0")
+    try:
+        address = address_of(process)
+        wait_ready(process, address)
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        before = content(client.chat.completions.create(**{**GREEDY, "model": "q4_0"}))
+        endless = {**GREEDY, "model": "q4_0", "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
+        stream = client.chat.completions.create(**endless, stream=True)
+        next(stream)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+        with pytest.raises(openai.APIError, match="its process ended"):
+            list(stream)
+        assert content(client.chat.completions.create(**{**GREEDY, "model": "q4_0"})) == before
+    finally:
+        stop(process)
 
 
 def test_embeddings_are_sentence_vectors(address: str, client: openai.OpenAI) -> None:
