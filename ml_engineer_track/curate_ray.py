@@ -194,7 +194,7 @@ def _write_shard(shard: dict[str, np.ndarray], folder: Path, dropped: Any) -> di
                 told = {"file": path.name, "id": row.id, "reason": reason, "of": of}
             else:
                 counts["kept"] += 1
-                kept.write(json.dumps(row.model_dump(), ensure_ascii=False) + "\n")
+                kept.write(json.dumps(row.model_dump(by_alias=True), ensure_ascii=False) + "\n")
                 continue
             counts[reason] += 1
             refused.write(json.dumps(told) + "\n")

@@ -159,15 +159,20 @@ def run_ray(settings: Settings, work: Path) -> None:
 
 
 def start_ray(workers: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start Ray on this machine: no usage reports, no dashboard."""
+    """Join the cluster of RAY_ADDRESS, or start Ray on this machine: no usage reports, no dashboard. UserError when it fails."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU keep what they see
     import ray
 
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level="warning")
-    else:
-        ray.init(num_cpus=max(workers, os.cpu_count() or 1), include_dashboard=False, logging_level="warning")
+    address = os.environ.get("RAY_ADDRESS")
+    here = {} if address else {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False}
+    try:
+        ray.init(**here, logging_level="warning")
+    except Exception as error:  # Ray raises plain ones, too
+        ray.shutdown()
+        first = str(error).strip().splitlines()[0]
+        fix = "Is the cluster up?" if address else "It gives up after 30 seconds: try again when the machine is less busy"
+        raise UserError(f"Ray did not start: {first}", address or "this machine", fix) from None
 
 
 def _ray_worker(told: dict[str, Any]) -> None:

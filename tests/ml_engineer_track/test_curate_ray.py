@@ -68,7 +68,7 @@ def test_the_rule_over_keys_keeps_what_the_rule_over_rows_keeps(rows: list[lib.Q
 
 
 def test_a_place_orders_rows_by_shard_and_line_and_says_what_is_malformed(tmp_path: Path) -> None:
-    good = a_question(1, "cafe\u0301  au\tlait", "train").model_dump_json()
+    good = a_question(1, "cafe\u0301  au\tlait", "train").model_dump_json(by_alias=True)
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + good.encode() + b"\n\n{}\n\xff\n" + good.encode())
     rows = list(r.read_shard(2, tmp_path / "a.jsonl"))
     assert [place - (2 << 32) for place, _ in rows] == [1, 3, 4, 5]
@@ -105,19 +105,19 @@ def test_shards_are_cleaned_as_the_same_rows_in_memory(tmp_path: Path, monkeypat
     shards = tmp_path / "shards"
     shards.mkdir()
     for number in range(3):
-        lines = [row.model_dump_json() for row in rows[number * 200 : (number + 1) * 200]]
+        lines = [row.model_dump_json(by_alias=True) for row in rows[number * 200 : (number + 1) * 200]]
         (shards / f"part-{number}.jsonl").write_text("\n".join([*lines, "{broken"]) + "\n", encoding="utf-8")
     monkeypatch.setattr(r, "PARTITION", 40_000)
     done = r.curate_corpus(shards, tmp_path / "clean", 0.8)
     kept, dropped = in_memory([c.cleaned(row) for row in rows])
     files = sorted((tmp_path / "clean").glob("*.jsonl"))
-    written = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    written = [lib.Question.model_validate_json(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     refused = [
         json.loads(line)
         for file in (tmp_path / "clean" / "quarantine").glob("*.jsonl")
         for line in file.read_text(encoding="utf-8").splitlines()
     ]
-    assert sorted((row["id"], row["question"]) for row in written) == kept
+    assert sorted((row.id, row.question) for row in written) == kept
     assert sorted((q["id"], q["reason"]) for q in refused if "id" in q) == dropped
     assert sum(q["reason"].startswith("malformed") for q in refused) == 3
     assert {reason for _, reason in dropped} == set(r.REASONS.values())
