@@ -194,7 +194,7 @@ def _release(package: str) -> str:
 def _pinned() -> dict[str, str]:
     lines = [line for name in ("torch.txt", "constraints.txt") for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
     pairs = [line.split(";")[0].strip().split("==") for line in lines if "==" in line and not line.startswith("#")]
-    return {name.lower(): number for name, number in pairs}
+    return {name.lower().replace("_", "-"): number for name, number in pairs}
 
 
 def _dependencies() -> list[str]:

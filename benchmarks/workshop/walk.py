@@ -56,8 +56,8 @@ def parts(page: str) -> list[Part]:
     found.append(Part(0, "before you start", "\n".join(BASH.findall(before)), ""))
     for number, text in zip(exercises[::2], exercises[1::2], strict=True):
         title, text = text.split("\n", 1)
-        text = re.split(r"^## ", text, flags=re.MULTILINE)[0]
-        outside, _, inside = text.partition("<details>")
+        outside, _, rest = text.partition("<details>")
+        inside = rest.partition("</details>")[0]
         found.append(Part(int(number), title.strip(), "\n".join(BASH.findall(outside)), "\n".join(BASH.findall(inside))))
     return found
 
