@@ -188,29 +188,14 @@ def replicas(
     side: Annotated[str, typer.Option(help="inference, service or both, comma-separated (default: both)")] = "",
     replicas: Annotated[int, typer.Option(min=1, help="how many of each")] = 2,
     out: Annotated[Path | None, typer.Option(help="result file (default: artifacts/benchmarks/<time>-replicas.json)")] = None,
-    page: Annotated[Path | None, typer.Option(help="fill docs/serving-at-scale.md from this result instead")] = None,
 ) -> None:
     """Kill one of several replicas under load, then replace them all by a new version: what do people notice?"""
     from benchmarks import replicas as r
-    from benchmarks import results, runner
-    from shared.files import write_text
+    from benchmarks import runner
 
-    if page:
-        write_text(r.PAGE, r.fill(r.PAGE.read_text(encoding="utf-8"), results.read(page)))
-        print(f"page: {r.PAGE}")
-        return
     result, path = r.run(_words(side), replicas, out)
     print(f"results: {path}")
     print(json.dumps(runner.summary(result, path)))
-
-
-@app.command(name="cluster-page")
-def cluster_page() -> None:
-    """Fill docs/cluster.md from the published run of `scaling` and the interconnect model."""
-    from benchmarks import scaling as s
-
-    s.write_page()
-    print("docs/cluster.md: " + ", ".join(s.page_texts()))
 
 
 def use_device(device: str) -> None:

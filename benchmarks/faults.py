@@ -244,6 +244,11 @@ def kill_inference(service: Running, settings: Settings) -> None:
     service.parts()["inference"].kill()
 
 
+def kill_engine(service: Running, settings: Settings) -> None:
+    """Only the process that computes; the server that talks HTTP lives on."""
+    service.parts()["engine"].kill()
+
+
 def kill_service(service: Running, settings: Settings) -> None:
     service.parts()["service"].kill()
 
@@ -316,6 +321,7 @@ def corrupt_chroma(service: Running, settings: Settings) -> str:
 
 FAULTS: dict[str, Fault] = {
     "kill-inference": kill_inference,
+    "kill-engine": kill_engine,
     "kill-service": kill_service,
     "kill-index-build": kill_index_build,
     "kill-training": kill_training,
@@ -380,18 +386,21 @@ HEAD = ("fault", "held", "exchanges completed", "wrong answers", "feedback kept 
         "failures without a sentence", "gave up", "ready again, s", "longest wait, s")  # fmt: skip
 
 
-def html(found: dict[str, Any]) -> str:
-    rows = [
+def rows(trials: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [
         [
             t["fault"], "yes" if t["held"] else "NO", str(t["answered"]), str(t["wrong_answers"]),
             f"{t['feedback_acknowledged'] - t['feedback_lost']} / {t['feedback_acknowledged']}", str(t["exchanges_lost"]),
             str(t["untold"]), str(t["gave_up"]), "-" if t["ready_again_s"] is None else f"{t['ready_again_s']:.1f}",
             f"{t['longest_wait_s']:.1f}",
         ]
-        for t in found["trials"]
+        for t in trials
     ]  # fmt: skip
+
+
+def html(found: dict[str, Any]) -> str:
     lead = f"{found['people']} people, {found['messages_each']} messages each, one fault in the middle. Seed {found['seed']}."
-    parts = [page.heading("Faults on purpose", 1), page.paragraph(lead, lead=True), page.table(HEAD, rows)]
+    parts = [page.heading("Faults on purpose", 1), page.paragraph(lead, lead=True), page.table(HEAD, rows(found["trials"]))]
     for t in found["trials"]:
         parts += [page.heading(t["fault"]), page.paragraph(t["note"])] if t["note"] else [page.heading(t["fault"])]
         said = [[str(count), text] for text, count in t["told"].items()]

@@ -24,6 +24,11 @@ STUDIES = {
     "distill.json": "make distill",
     "tune.json": "make tune",
     "loop.json": "make loop",
+    "security.json": "make attack",
+    "faults.json": "make faults",
+    "load.json": "make load",
+    "soak.json": "make soak",
+    "drift.json": "python -m ml_engineer_track drift-study",
 }
 
 

@@ -46,13 +46,18 @@ class Running:
     artifacts: Path
 
     def parts(self) -> dict[str, psutil.Process]:
-        """Its processes that are alive, by what they are: `service` and `inference`. The one that was started only watches."""
+        """Its processes that are alive, by what they are: `service`, `inference` and the `engine` beneath it.
+
+        The one that was started only watches.
+        """
         found: dict[str, psutil.Process] = {}
         for child in self.process.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 line = child.cmdline()
                 if "ml_engineer_track" in line:
                     found["inference"] = child
+                elif any("spawn_main" in word for word in line):
+                    found["engine"] = child
                 elif "--unsupervised" in line:
                     found["service"] = child
         return found

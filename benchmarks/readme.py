@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ai_engineer_track import report as ai_report
-from benchmarks import lessons
+from benchmarks import lessons, replicas, resilience, scaling
 from benchmarks.lessons import STUDIES, markdown_table
 from ml_engineer_track import report as ml_report
 from shared.errors import UserError
@@ -30,6 +30,9 @@ DEMO = ROOT / "benchmarks" / "results" / "demo"
 REPORTS = ("ml.json", "ai.json")
 #: page -> beginnings of the marks that must stand in it; every mark that stands in one is filled
 PAGES = {
+    "docs/cluster.md": ("scaling measured", "scaling predicted"),
+    "docs/serving-at-scale.md": ("replicas",),
+    "docs/resilience.md": ("attacks", "faults", "load", "soak", "drift"),
     "README.md": ("transcript", "results"),
     "WORKSHOP.md": ("workshop times",),
     "docs/results.md": ("ml results", "ai results"),
@@ -88,6 +91,9 @@ def blocks() -> dict[str, str]:
         "ai results": ai_report.markdown(ai),
         "workshop times": workshop_times(),
         **lessons.blocks(),
+        **resilience.blocks(),
+        **scaling.page_texts(),
+        "replicas": replicas.page_text(),
     }
 
 

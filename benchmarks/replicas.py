@@ -5,7 +5,7 @@ is kept. The replica is killed as the system kills one (SIGKILL) while it is wor
 was working on; every request that failed and is not in there was lost by us.
 
     python -m benchmarks replicas [--side inference,service] [--replicas 2] [--out FILE]
-    python -m benchmarks replicas --page FILE         # fills docs/serving-at-scale.md from a result
+    python -m benchmarks readme                       # docs/serving-at-scale.md from the published run
 
 Needs a published model (`make ml`) and the extra [ray]. Works on a copy of the artifacts, so what is published stays as it is.
 """
@@ -49,8 +49,7 @@ WARM, SETTLE = 4 * CLIENTS, 3.0
 #: how long a start, a recovery or an update may take before the run is given up, in seconds
 PATIENCE, STOP_SECONDS = 600.0, 120.0
 REPLY_TOKENS = 64
-PAGE = ROOT / "docs" / "serving-at-scale.md"
-MARKS = ("<!-- replicas: begin -->", "<!-- replicas: end -->")
+PUBLISHED = ROOT / "benchmarks" / "results" / "replicas" / "cpu.json"
 WHAT = {"kill": "one killed", "update": "all replaced"}
 ROWS = {
     "requests": "requests",
@@ -363,10 +362,9 @@ def markdown(result: Result) -> str:
     )  # fmt: skip
 
 
-def fill(page: str, result: Result) -> str:
-    """The page with the table between its marks."""
-    before, rest = page.split(MARKS[0], 1)
-    return f"{before}{MARKS[0]}\n{markdown(result)}\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}"
+def page_text() -> str:
+    """What stands between the marks of docs/serving-at-scale.md."""
+    return markdown(results.read(PUBLISHED)) if PUBLISHED.exists() else "Not measured yet: `python -m benchmarks replicas`."
 
 
 def _cell(value: float | None) -> str:

@@ -5,7 +5,7 @@ LoRA) are taken by one worker on one core, by one on all cores and by several on
 several sizes are timed beside them, and the model of `interconnect.py`, fitted to these, predicts the several from the one.
 
     python -m benchmarks scaling [--workers 2] [--steps 40] [--out FILE]      quiet machine; the last line is one JSON document
-    python -m benchmarks cluster-page                                         docs/cluster.md from the published run
+    python -m benchmarks readme                                               docs/cluster.md from the published run
 
 Strong scaling: the step stays the same, its rows are shared. Speed-up is against one worker with the threads that each of the
 several has; the row with all threads says whether several workers are worth more than PyTorch's own threads.
@@ -27,20 +27,18 @@ import torch.distributed as dist
 
 from benchmarks import results
 from benchmarks.interconnect import Link, all_reduce, fitted, predicted_table
-from benchmarks.readme import fill
 from benchmarks.results import Record, Result
 from benchmarks.training import REPLY_TOKENS, ROW_TOKENS
 from ml_engineer_track.distributed import is_first, joined, shard, spread, world_size
 from ml_engineer_track.finetune import SILENT, Example, add_adapter, backward, collate, load_base
 from ml_engineer_track.progress import watched
 from shared.errors import UserError
-from shared.files import write_json, write_text
+from shared.files import write_json
 from shared.hardware import device, synchronize
 from shared.settings import ROOT, load_settings
 
 NAME = "scaling"
 PUBLISHED = ROOT / "benchmarks" / "results" / "scaling" / "cpu.json"
-PAGE = ROOT / "docs" / "cluster.md"
 ROWS, WARM_UP = 8, 3
 #: Bytes of the all-reduces that are timed beside that of the gradients, and how often each is.
 SIZES, REPEATS = (4, 2**16, 2**20, 2**22), 30
@@ -198,10 +196,6 @@ def measured_table(result: Result) -> str:
         f"{m['measured_step_seconds'] * 1e3:.0f} ms."
     )
     return "\n".join([*lines, "", told])
-
-
-def write_page() -> None:
-    write_text(PAGE, fill(PAGE.read_text(encoding="utf-8"), texts=page_texts()))
 
 
 if __name__ == "__main__":

@@ -75,12 +75,12 @@ def _closure(requirements: Iterable[str]) -> set[str]:
 
 def licence_of(name: str) -> str:
     """What a package says its licence is: the SPDX expression, else its classifiers, else the first line of the field."""
-    about = metadata.metadata(name)
-    if expression := about.get("License-Expression"):
+    about = metadata.metadata(name).json
+    if expression := about.get("license_expression"):
         return str(expression)
-    classified = [c.split(" :: ")[-1] for c in about.get_all("Classifier") or [] if c.startswith("License :: ")]
+    classified = [c.split(" :: ")[-1] for c in about.get("classifier", []) if c.startswith("License :: ")]
     named = [text for text in classified if text not in ("OSI Approved", "DFSG approved")]
-    return "; ".join(named) or (about.get("License") or "").strip().split("\n")[0]
+    return "; ".join(named) or str(about.get("license", "")).strip().split("\n")[0]
 
 
 def licence_problem(licence: str) -> str | None:
@@ -95,7 +95,7 @@ def licence_problem(licence: str) -> str | None:
 
 def pins() -> dict[str, str]:
     """Canonical name -> version, from constraints.txt and torch.txt."""
-    found = {}
+    found: dict[str, str] = {}
     for file in ("constraints.txt", "torch.txt"):
         for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
             if line.strip() and not line.startswith("#"):

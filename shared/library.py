@@ -216,7 +216,7 @@ class _FrontMatter(yaml.BaseLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases are not taken", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 

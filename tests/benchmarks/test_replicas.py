@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import replicas, results
-from benchmarks.results import PUBLISHED, Record, Result
+from benchmarks import replicas
+from benchmarks.results import Record, Result
 from shared.errors import UserError
 
 
@@ -32,21 +32,6 @@ def test_the_table_holds_every_figure_and_where_it_was_read(measured: Result) ->
     assert "| requests | 1,234 | 80 |" in table
     assert "| seconds until a new replica answered | 7.4 |  |" in table
     assert "2 replicas, 8 clients, a CPU, 2 cores, 8.0 GiB, commit abc1234, 2026-11-28" in table
-
-
-def test_the_page_is_filled_between_its_marks_and_again(measured: Result) -> None:
-    page = replicas.PAGE.read_text(encoding="utf-8")
-    filled = replicas.fill(page, measured)
-    assert "| requests | 1,234 | 80 |" in filled
-    assert filled.split(replicas.MARKS[0])[0] == page.split(replicas.MARKS[0])[0]
-    assert filled.split(replicas.MARKS[1])[1] == page.split(replicas.MARKS[1])[1]
-    assert replicas.fill(filled, measured) == filled
-
-
-def test_the_page_says_what_the_published_run_says() -> None:
-    for path in sorted(PUBLISHED.glob("*replicas*.json"))[-1:]:
-        page = replicas.PAGE.read_text(encoding="utf-8")
-        assert replicas.fill(page, results.read(path)) == page
 
 
 def test_a_side_that_is_none_is_told() -> None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from benchmarks import interconnect as ic
 from benchmarks import scaling as s
-from benchmarks.readme import fill
 from shared.errors import UserError
 
 LINK = ic.Link("a cable", bandwidth=1e9, latency=1e-5)
@@ -45,11 +44,6 @@ def test_more_workers_never_raise_the_share_of_computing(load: ic.Load, link: ic
 def test_adapters_are_as_large_as_peft_makes_them() -> None:
     """Of Llama-2-7B with rank 16 on every projection: 39,976,960 weights, as PEFT prints it."""
     assert ic.LLAMA_ADAPTER == 39_976_960
-
-
-def test_the_page_says_what_the_code_says() -> None:
-    page = s.PAGE.read_text(encoding="utf-8")
-    assert fill(page, texts=s.page_texts()) == page
 
 
 @pytest.mark.parametrize("workers", [1, 3, 4096])
