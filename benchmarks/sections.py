@@ -141,7 +141,7 @@ def engines(result: Result) -> str:
         ("model", lambda r: r.model), ("goal", lambda r: str(r.case["goal"])),
         ("bound", lambda r: f"at {r.case['at']} {number(r.metrics['bound'])}"), _metric("measured", "value"),
         ("lowest and highest round", lambda r: SLASH.join(number(r.metrics[f"{end}_round"]) for end in ("lowest", "highest"))),
-        ("", lambda r: {None: "not measured", 1.0: "met"}.get(r.metrics["met"], "missed")),
+        ("reached", lambda r: {None: "not measured", 1.0: "met"}.get(r.metrics["met"], "missed")),
     ]  # fmt: skip
     told = paragraph(
         "Sides of a comparison took turns on the same machine with the same chats. The ttft of a prefix is the reused one."
