@@ -30,10 +30,12 @@ from ml_engineer_track.distributed import is_first, joined
 from ml_engineer_track.finetune import Tuned, finetune
 from shared.errors import UserError
 from shared.files import write_json, write_text
-from shared.settings import Settings
+from shared.settings import ROOT, Settings
 
 #: A worker that is lost more often than this has not been unlucky.
 RESTARTS = 3
+#: Bytes of memory that Ray may fill with data on this machine before it writes to disk (its default is 30 % of all).
+OBJECT_STORE = 500_000_000
 
 
 class Job(BaseModel):
@@ -60,7 +62,7 @@ def train(settings: Settings, data: CuratedData) -> Tuned:
     if (work / "error.json").exists():
         raise UserError(**json.loads((work / "error.json").read_text(encoding="utf-8")))
     if not (work / "training.json").exists():
-        what = f"workers died {RESTARTS + 1} times, and no new ones were started"
+        what = f"the workers were given up: a lost group is started again at most {RESTARTS} times"
         raise UserError(what, str(work / "workers.log"), "Its end says why; the same command goes on from the last checkpoint")
     return TypeAdapter(Tuned).validate_json((work / "training.json").read_text(encoding="utf-8"))
 
@@ -153,7 +155,8 @@ def run_ray(settings: Settings, work: Path) -> None:
     try:
         trainer.fit()
     except TrainingFailedError as failure:
-        write_text(work / "workers.log", str(failure))
+        with (work / "workers.log").open("a", encoding="utf-8") as log:
+            log.write(f"{failure}\n")
     finally:
         ray.shutdown()
 
@@ -162,12 +165,14 @@ def start_ray(workers: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start Ray on this machine: no usage reports, no dashboard. UserError when it fails."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU keep what they see
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets every other program go first
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of its workers
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    here = {} if address else {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False}
+    here = {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False, "object_store_memory": OBJECT_STORE}
     try:
-        ray.init(**here, logging_level="warning")
+        ray.init(address=address or "local", logging_level="error", log_to_driver=False, **({} if address else here))
     except Exception as error:  # Ray raises plain ones, too
         ray.shutdown()
         first = str(error).strip().splitlines()[0]
@@ -178,7 +183,9 @@ def start_ray(workers: int) -> None:
 def _ray_worker(told: dict[str, Any]) -> None:
     from ray import train
 
-    work(Path(told["job"]), lambda step, loss: train.report({"step": step, "validation_loss": loss}))
+    job = Path(told["job"])
+    with job.with_name("workers.log").open("a", buffering=1, encoding="utf-8") as log, redirect_stdout(log):
+        work(job, lambda step, loss: train.report({"step": step, "validation_loss": loss}))
 
 
 if __name__ == "__main__":

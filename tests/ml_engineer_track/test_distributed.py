@@ -61,7 +61,7 @@ def test_alone_nothing_is_exchanged_and_this_worker_writes(micro: PreTrainedMode
     assert d.spread(micro, "fsdp") is micro  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+@pytest.mark.parametrize("workers", [2, 8])
 def test_the_shares_gradients_add_up_to_that_of_the_whole_step(
     micro: PreTrainedModel, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

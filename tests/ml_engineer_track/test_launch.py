@@ -127,7 +127,7 @@ def test_what_workers_leave_becomes_a_result_or_one_line(
 ) -> None:
     asked = by(settings, tmp_path / "group", "torchrun", 2)
     monkeypatch.setattr(la, "run_torchrun", lambda settings, work: None)
-    with pytest.raises(UserError, match=r"workers died 4 times.*workers\.log\. Its end says why"):
+    with pytest.raises(UserError, match=r"workers were given up: .* at most 3 times in .*workers\.log\. Its end says why"):
         la.train(asked, data)
     monkeypatch.setattr(la, "run_torchrun", lambda settings, work: write_json(work / "error.json", {"what": "too little memory"}))
     with pytest.raises(UserError, match="too little memory"):
@@ -154,7 +154,7 @@ def test_two_workers_learn_what_one_learns_with_either_strategy(settings: Settin
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_worker_costs_no_step(settings: Settings, data: CuratedData, tmp_path: Path, strategy: str) -> None:
-    lost = by(settings, tmp_path / "lost", "torchrun", 2, strategy, epochs=30.0)
+    lost = by(settings, tmp_path / "lost", "torchrun", 2, strategy, epochs=12.0)
     killed = kill_one(lost, data, tmp_path, lambda process: "ml_engineer_track.launch" in " ".join(process.cmdline()))
     assert_nothing_lost(killed, la.train(by(lost, tmp_path / "one", "local", 1), data))
 
@@ -163,7 +163,7 @@ def test_a_killed_worker_costs_no_step(settings: Settings, data: CuratedData, tm
 @needs_ray
 @pytest.mark.timeout(1200)
 def test_ray_train_starts_a_lost_group_again(settings: Settings, data: CuratedData, tmp_path: Path) -> None:
-    lost = by(settings, tmp_path / "lost", "ray", 2, epochs=30.0)
+    lost = by(settings, tmp_path / "lost", "ray", 2, epochs=12.0)
     killed = kill_one(lost, data, tmp_path, lambda process: "RayTrainWorker" in " ".join(process.cmdline()))
     assert_nothing_lost(killed, la.train(by(lost, tmp_path / "one", "local", 1), data))
 
@@ -173,7 +173,7 @@ def test_ray_train_starts_a_lost_group_again(settings: Settings, data: CuratedDa
 def test_a_worker_that_keeps_dying_is_given_up(settings: Settings, data: CuratedData, tmp_path: Path) -> None:
     """Its model is not there: an error that a new group does not mend, and that is nobody's UserError."""
     broken = data.__class__(data.version, tmp_path / "not-there", data.counts, data.dropped)
-    with pytest.raises(UserError, match="workers died 4 times") as caught:
+    with pytest.raises(UserError, match="workers were given up") as caught:
         la.train(by(settings, tmp_path / "group", "torchrun", 2), broken)
     assert len(str(caught.value).splitlines()) == 1
     assert "FileNotFoundError" in (by(settings, tmp_path / "group", "torchrun", 2).work / "finetune" / "workers.log").read_text()
@@ -244,6 +244,6 @@ def result(settings: Settings) -> Tuned:
 def assert_nothing_lost(killed: Tuned, one: Tuned) -> None:
     """Every loss at its own step: a step done twice, or not at all, would move all that follow."""
     assert 0 < killed.resumed_at < killed.steps == one.steps
-    assert len(killed.loss) == killed.steps
-    assert killed.loss[: killed.resumed_at + 20] == pytest.approx(one.loss[: killed.resumed_at + 20], rel=0.05)
-    assert killed.best_validation_loss == pytest.approx(one.best_validation_loss, rel=0.05)
+    assert killed.loss == pytest.approx(one.loss, rel=TOLERANCE)
+    assert [look["step"] for look in killed.validation] == [look["step"] for look in one.validation]
+    assert killed.best_validation_loss == pytest.approx(one.best_validation_loss, rel=TOLERANCE)
