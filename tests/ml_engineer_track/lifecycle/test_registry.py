@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ml_engineer_track import __main__ as cli
 from ml_engineer_track.lifecycle import registry as r
 from shared import handoff
 from shared.errors import UserError
@@ -98,3 +99,25 @@ def test_the_list_says_who_is_what(models: Path, feedback: Path, publish_version
 def test_a_version_that_is_not_there_cannot_be_pinned(models: Path) -> None:
     with pytest.raises(UserError, match="no version 'm-9'"):
         r.pin(models, "m-9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["models", "rollback"], "no model has been published"),
+        (["models", "pin"], "which version?"),
+        (["models", "pin", "m-9"], "no version 'm-9'"),
+        (["models", "sell"], "unknown action 'sell'"),
+        (["loop", "--preset", "tiny"], "no `loop:` group"),
+        (["loop"], "no model has been published"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.setenv("ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.setattr("sys.argv", ["ml_engineer_track", *arguments])
+    assert cli.main() == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
