@@ -293,9 +293,7 @@ def test_a_rollback_does_not_wait_for_a_candidate_that_is_starting(settings: AiS
     asyncio.run(story())
 
 
-def test_a_current_version_whose_server_died_is_started_again(settings: AiSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "RESTART_SECONDS", 0.1)
-
+def test_a_current_version_whose_server_died_is_started_again(settings: AiSettings) -> None:
     async def story() -> None:
         async with serving(settings) as one:
             first = one.assistant.current.server

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 #: the stub of the other tests as a process: it keeps every constraint, and `m-bad` does not start
 SERVER = """
+import sys
 sys.path.append({tests!r})
 import uvicorn
 from stub_llm import StubServer
