@@ -46,7 +46,7 @@ def blocks() -> dict[str, str]:
         "lesson emergencies": emergencies,
         "lesson asking back": asking_back,
         "lesson judge": judge,
-        "lesson feedback": lambda: study("loop.json"),
+        "lesson feedback": the_way_back,
     }
     return {name: text() for name, text in lessons.items()}
 
@@ -226,6 +226,18 @@ def judge() -> str:
         f"The same verdict with the passages in reverse order: {estimate(found['position'])}; "
         f"when asked again: {estimate(found['repeat'])}."
     )
+
+
+def the_way_back() -> str:
+    """What one turn of the loop changed, and what it refused."""
+    shown = (optional("loop.json") or {}).get("demonstrations")
+    if not shown:
+        return not_measured("loop.json")
+    hardware = report("loop.json")["hardware"]
+    table = markdown_table(
+        ["questions", "before", "after", "difference", "n"], [[str(cell) for cell in row] for row in shown["rows"]]
+    )
+    return "\n\n".join([f"{machine(hardware)}, seed {report('loop.json')['seed']}.", *shown["removed"], table, *shown["says"]])
 
 
 def study(name: str) -> str:

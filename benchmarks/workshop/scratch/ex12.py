@@ -71,7 +71,7 @@ def lineage() -> list[str]:
                 made = handoff.read_manifest(folder)
             except UserError:
                 continue
-            if made.model_id == model.split(":")[0]:
+            if model.split(":")[0] in (made.version, made.model_id):
                 rank, data = made.training.get("rank"), made.data.version
                 lines.append(f"  made as {made.version}: LoRA rank {rank}, data {data}, seed {made.seed}")
     return lines
