@@ -175,7 +175,7 @@ def start_ray(workers: int) -> None:
         ray.init(address=address or "local", logging_level="error", log_to_driver=False, **({} if address else here))
     except Exception as error:  # Ray raises plain ones, too
         ray.shutdown()
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].split(". ")[0]
         fix = "Is the cluster up?" if address else "It gives up after 30 seconds: try again when the machine is less busy"
         raise UserError(f"Ray did not start: {first}", address or "this machine", fix) from None
 
