@@ -102,7 +102,7 @@ def judging() -> Expected:
     need(
         low >= 0.4,
         f"Your judge's kappa is {run['kappa']['value']:.2f}, its lower end {low:.2f}; 0.40 is needed. "
-        "Most of the grounded answers are quotations: compare each statement with the passage it names.",
+        "Most of the grounded answers are quotations: look for each statement among the passages.",
     )
     how = "A judge that always says yes is right in every grounded row: their share, in percent. Its kappa is 0."
     return Expected(100 * run["grounded_share"], how, tolerance=1.0)
