@@ -79,12 +79,12 @@ def threshold() -> Expected:
 def asking_back() -> Expected:
     """10: a way to choose questions that beats the one given, and how many are worth asking."""
     run = last_run(10)
-    mine, given = run["accuracy"]["yours"], run["accuracy"]["first listed"]
+    mine, given = run["accuracy"]["yours"], run["accuracy"]["alphabetical"]
     need(mine != given, "Your way asks what the given one asks. Change `choose` in artifacts/workshop/ex10.py.")
     need(
         mine[-1] > given[-1],
         f"After {len(mine) - 1} questions yours is right in {mine[-1]:.1%}, the given way in {given[-1]:.1%}. "
-        "Ask about a feature in which the candidates differ.",
+        "Ask about what the likely candidates list.",
     )
     gain = run["accuracy"]["largest expected gain"]
     worth = next((n for n in range(1, len(gain)) if gain[n] - gain[n - 1] < WORTH), len(gain)) - 1
