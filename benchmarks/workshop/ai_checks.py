@@ -79,12 +79,12 @@ def threshold() -> Expected:
 def asking_back() -> Expected:
     """10: a way to choose questions that beats the one given, and how many are worth asking."""
     run = last_run(10)
-    mine, given = run["accuracy"]["yours"], run["accuracy"]["first listed"]
+    mine, given = run["accuracy"]["yours"], run["accuracy"]["alphabetical"]
     need(mine != given, "Your way asks what the given one asks. Change `choose` in artifacts/workshop/ex10.py.")
     need(
         mine[-1] > given[-1],
         f"After {len(mine) - 1} questions yours is right in {mine[-1]:.1%}, the given way in {given[-1]:.1%}. "
-        "Ask about a feature in which the candidates differ.",
+        "Ask about what the likely candidates list.",
     )
     gain = run["accuracy"]["largest expected gain"]
     worth = next((n for n in range(1, len(gain)) if gain[n] - gain[n - 1] < WORTH), len(gain)) - 1
@@ -102,7 +102,7 @@ def judging() -> Expected:
     need(
         low >= 0.4,
         f"Your judge's kappa is {run['kappa']['value']:.2f}, its lower end {low:.2f}; 0.40 is needed. "
-        "Most of the grounded answers are quotations: compare each statement with the passage it names.",
+        "Most of the grounded answers are quotations: look for each statement among the passages.",
     )
     how = "A judge that always says yes is right in every grounded row: their share, in percent. Its kappa is 0."
     return Expected(100 * run["grounded_share"], how, tolerance=1.0)

@@ -6,7 +6,7 @@ leaflet fits best. Training and validation cases; the test split is not touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ai_engineer_track.clarify import Belief, Interviewer, Question, Reply, simulate
 from ai_engineer_track.evidence import Evidence
@@ -22,15 +22,20 @@ MOST = 4  # questions asked at most
 EVERY = 4  # every so many-th case, so that a run stays short
 
 
+def alphabetical(interviewer: Interviewer, belief: Belief, asked: set[str]) -> str | None:
+    """To be beaten: a questionnaire."""
+    features = {feature for slug in belief.candidates for feature in interviewer.leaflets[slug].features}
+    return min(features - asked, default=None)
+
+
 # --- change this -------------------------------------------------------------------------------------------------------
 def choose(interviewer: Interviewer, belief: Belief, asked: set[str]) -> str | None:
     """The feature to ask about next; None to stop. `belief.candidates` are leaflets, the likeliest first;
     `interviewer.leaflets[slug].features` is what a leaflet says: {"where the pain is": "one side", ...}.
 
-    This one asks about whatever the likeliest leaflet lists first, and so mostly hears what it thought already.
+    This one goes through everything that any candidate lists, in the order of the alphabet.
     """
-    features = interviewer.leaflets[belief.best].features
-    return next((feature for feature in features if feature not in asked), None)
+    return alphabetical(interviewer, belief, asked)
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -46,21 +51,18 @@ def main() -> None:
     cases = [c for c in rows if c.split != "test" and c.needs_question][::EVERY]
     openings = stored([c.opening for c in cases])
 
-    def mine(belief: Belief, opening: Array, replies: Sequence[Reply]) -> Question | None:
-        feature = choose(interviewer, belief, {reply.feature for reply in replies})
-        return Question(feature, interviewer.values(feature, belief), 0.0) if feature else None
+    def way(rule: Callable[[Interviewer, Belief, set[str]], str | None]) -> Callable[..., Question | None]:
+        def ask(belief: Belief, opening: Array, replies: Sequence[Reply]) -> Question | None:
+            feature = rule(interviewer, belief, {reply.feature for reply in replies})
+            return Question(feature, interviewer.values(feature, belief), 0.0) if feature else None
 
-    def first_listed(belief: Belief, opening: Array, replies: Sequence[Reply]) -> Question | None:
-        asked = {reply.feature for reply in replies}
-        features = interviewer.leaflets[belief.best].features
-        feature = next((f for f in features if f not in asked), None)
-        return Question(feature, interviewer.values(feature, belief), 0.0) if feature else None
+        return ask
 
-    ways = {"yours": mine, "first listed": first_listed, "largest expected gain": None}
+    ways = {"yours": way(choose), "alphabetical": way(alphabetical), "largest expected gain": None}
     found: dict[str, list[float]] = {}
     print(f"{len(cases)} vague openings; the right leaflet is thought likeliest after n questions; value [95 % interval]")
-    for name, way in ways.items():
-        told = [simulate(c, interviewer, v, MOST, way)[0] for c, v in zip(cases, openings, strict=True)]
+    for name, rule in ways.items():
+        told = [simulate(c, interviewer, v, MOST, rule)[0] for c, v in zip(cases, openings, strict=True)]
         right = [[float(best[n] == c.leaflet) for best, c in zip(told, cases, strict=True)] for n in range(MOST + 1)]
         found[name] = [sum(r) / len(r) for r in right]
         print(f"  {name}")
