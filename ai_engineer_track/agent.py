@@ -145,7 +145,10 @@ async def run_turn(
 
 async def beginning(agent: CompiledStateGraph[Any, Any, Any, Any], session_id: str, message: str) -> State:
     """What the turn of this message begins with, as a state that any graph can start from: for a second try, or a shadow."""
-    pending = await agent.aget_state({"configurable": {"thread_id": session_id}})
+    try:
+        pending = await agent.aget_state({"configurable": {"thread_id": session_id}})
+    except (sqlite3.Error, OSError):  # the turn itself will say so
+        return afresh(message)
     state: Any = pending.values
     kept: Any = {key: state[key] for key in ("opening", "facts", "last") if key in state}
     return {**kept, **(replied(state, message) if waits(pending) else afresh(message))}

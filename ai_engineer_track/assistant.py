@@ -27,9 +27,9 @@ from ai_engineer_track.roles import Roles
 from ai_engineer_track.rollout import Arm, Shadows, Watcher, in_share
 from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.trace import setup_tracing
-from ai_engineer_track.turn import Arm as ArmName
 from ai_engineer_track.turn import Event, Turn
 from shared.errors import UserError
+from shared.outcomes import Arm as ArmName
 from shared.rollout import Rollout
 
 log = logging.getLogger(__name__)
@@ -59,14 +59,17 @@ class Assistant:
         session_id: str,
         message: str,
         on_event: Callable[[Event], None] | None = None,
-        on_shadow: Callable[[Turn, float], None] | None = None,
+        on_other: Callable[[Turn, float], None] | None = None,
     ) -> Turn:
-        """The turn a person gets. `on_shadow` is told, later, what a shadow made of the message and the seconds it took."""
+        """The turn a person gets.
+
+        `on_other` is told of the turn they did not get, and the seconds it took: a shadow's, later, or a candidate's that failed.
+        """
         lock = self._turns.setdefault(session_id, asyncio.Lock())
         self._answering += 1
         try:
             async with lock:
-                return await self._turn(session_id, message, on_event, on_shadow)
+                return await self._turn(session_id, message, on_event, on_other)
         finally:
             self._answering -= 1
             if not lock.locked():
@@ -77,7 +80,7 @@ class Assistant:
         session_id: str,
         message: str,
         on_event: Callable[[Event], None] | None,
-        on_shadow: Callable[[Turn, float], None] | None,
+        on_other: Callable[[Turn, float], None] | None,
     ) -> Turn:
         current, candidate, rollout = self.current, self.candidate, self.rollout
         if candidate is None or rollout is None or not in_share(session_id, rollout):
@@ -86,26 +89,30 @@ class Assistant:
         with current.at_work(), candidate.at_work():  # the current model judges the candidate's answers, too
             begin = await beginning(current.agent, session_id, message)
             if rollout.mode == "canary" and candidate.alive:
+                began = time.perf_counter()
                 turn = await run_turn(candidate.agent, session_id, message, on_event)
                 if turn.kind != "unavailable":
                     return self._signed(turn, candidate, "candidate")
                 log.error("version %s did not answer (%s); the current version does", candidate.version, turn.reason)
+                if on_other is not None:
+                    failed = self._signed(turn, candidate, "candidate")
+                    await asyncio.to_thread(on_other, failed, time.perf_counter() - began)
                 if on_event is not None:
                     on_event(Event(type="text", data={"delta": "", "replace": True}))
                 return self._signed(await run_turn(current.agent, session_id, message, on_event, begin), current, "current")
             turn = await run_turn(current.agent, session_id, message, on_event)
-        if rollout.mode == "shadow" and on_shadow is not None:
-            self.shadows.offer(lambda: self._shadow(candidate, message, begin, on_shadow))
+        if rollout.mode == "shadow" and on_other is not None:
+            self.shadows.offer(lambda: self._shadow(candidate, message, begin, on_other))
         return self._signed(turn, current, "current")
 
-    async def _shadow(self, candidate: Arm, message: str, begin: State, on_shadow: Callable[[Turn, float], None]) -> None:
+    async def _shadow(self, candidate: Arm, message: str, begin: State, on_other: Callable[[Turn, float], None]) -> None:
         if candidate is not self.candidate:  # the trial is over
             return
         began = time.perf_counter()
         with candidate.at_work(), self.current.at_work():
             turn = await candidate.shadow_turn(message, begin)
-            turn = self._signed(turn, candidate, "candidate")
-        await asyncio.to_thread(on_shadow, turn, time.perf_counter() - began)
+            turn = self._signed(turn, candidate, "shadow")
+        await asyncio.to_thread(on_other, turn, time.perf_counter() - began)
 
     def _signed(self, turn: Turn, arm: Arm, role: ArmName) -> Turn:
         """The turn with all that is needed to trace it back."""

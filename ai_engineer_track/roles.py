@@ -15,7 +15,7 @@ import numpy as np
 from ai_engineer_track import intake
 from ai_engineer_track.answer import Written, cite, write
 from ai_engineer_track.cache import AnswerCache
-from ai_engineer_track.clarify import Interviewer, Reply, names, phrase_pattern
+from ai_engineer_track.clarify import Interviewer, names, phrase_pattern
 from ai_engineer_track.decide import Decider
 from ai_engineer_track.evidence import Evidence
 from ai_engineer_track.harm import HarmHead
@@ -26,7 +26,7 @@ from ai_engineer_track.router import Router
 from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.trace import recorder, step
 from ai_engineer_track.triage import TriageNurse
-from ai_engineer_track.turn import ClarifyQuestion, Event, FoundPassage, Turn
+from ai_engineer_track.turn import ClarifyQuestion, Event, FoundPassage, Reply, Turn
 from shared import chat
 from shared import library as lib
 from shared.errors import UserError

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
-RESTART_SECONDS = 30.0  # between two tries to bring back a current version whose server died
+RESTART_SECONDS = 30.0  # at least, between two tries to bring back a current version whose server died
 SHADOWS_WAITING = 16  # messages kept for a shadow; when more come, the oldest are forgotten
 QUIET_SECONDS = 0.05
 
@@ -126,7 +126,7 @@ class Watcher:
         self.arms: dict[str, Arm] = {assistant.current.version: assistant.current}
         self._starting: dict[str, asyncio.Task[Arm]] = {}
         self._refused: set[str] = set()
-        self._next_try = 0.0
+        self._tried = -RESTART_SECONDS
         self._wish: Wish | None = None
         self._said = ""
         self._retiring: set[asyncio.Task[None]] = set()
@@ -158,11 +158,19 @@ class Watcher:
         self._bury_the_dead()
         wanted = [wish.current] + ([wish.rollout.candidate] if wish.rollout else [])
         for version in wanted:
-            if version not in {*self.arms, *self._starting, *self._refused} and time.monotonic() >= self._next_try:
+            if version not in {*self.arms, *self._starting, *self._refused} and self._may_start(version):
                 self._starting[version] = asyncio.create_task(self._start(version))
         self._switch(wish)
         for version in [v for v in self.arms if v not in wanted and self.arms[v] is not self.assistant.current]:
             self._retire(self.arms.pop(version))
+
+    def _may_start(self, version: str) -> bool:
+        """The current version, whose server died, at once and then every RESTART_SECONDS; any other one at any time."""
+        if version == self.assistant.current.version:
+            if time.monotonic() - self._tried < RESTART_SECONDS:
+                return False
+            self._tried = time.monotonic()
+        return True
 
     def _read(self) -> Wish:
         """The files as they are now; a damaged one is said once, and then is as if it asked for nothing new."""
@@ -193,7 +201,8 @@ class Watcher:
             if task.done():
                 del self._starting[version]
                 if problem := task.exception():
-                    self._refused.add(version)
+                    if version != self.assistant.current.version:
+                        self._refused.add(version)
                     told = problem if isinstance(problem, UserError) else repr(problem)
                     log.error("version %s does not answer anybody: %s", version, told)
                 else:
@@ -205,7 +214,6 @@ class Watcher:
             if not arm.alive:
                 del self.arms[version]
                 if arm is self.assistant.current:
-                    self._next_try = time.monotonic() + RESTART_SECONDS
                     log.error("the server of version %s died; it is started again", version)
                 else:
                     self._refused.add(version)

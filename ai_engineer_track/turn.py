@@ -8,9 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from shared.chat import PROMPT_VERSION, Verdict
+from shared.outcomes import Arm
 
-#: who answered a person: the current model, or a candidate that is tried on a share of them
-Arm = Literal["current", "candidate"]
 Kind = Literal["answer", "clarify", "escalate", "decline", "not_answered", "unavailable"]
 KINDS: tuple[Kind, ...] = ("answer", "clarify", "escalate", "decline", "not_answered", "unavailable")
 UNKNOWN_REPLY = re.compile(r"\b(don'?t know|dunno|not sure|no idea|can'?t (say|tell)|unsure|no clue|skip)\b", re.IGNORECASE)
@@ -82,8 +81,8 @@ class Turn(_Strict):
     `warning` stands above the text: what would make this an emergency. `sign` is the sentence it, or an escalation, names.
     `trusted` are the rubrics in which the judge agreed with people well enough for `verdict` to count. `confidence` (0 to 1)
     is how sure retrieval was that the library answers (None: it was not asked). `model_version` is
-    `<published version>:<variant>` of what answered, or the name a provider gives its model; `arm` says whether that was a
-    candidate on trial.
+    `<published version>:<variant>` of what answered, or the name a provider gives its model; `arm` says whether that was the
+    current one or a candidate on trial.
     """
 
     kind: Kind

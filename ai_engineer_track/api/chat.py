@@ -28,6 +28,7 @@ from ai_engineer_track.api.limits import OUR_FAULT, error_body, log, request_id
 from ai_engineer_track.api.service import Service, ServiceDep
 from ai_engineer_track.api.sessions import NO_SUCH, ClientDep, Exchange, address_of
 from ai_engineer_track.turn import Event, Turn
+from shared.errors import UserError
 
 T = TypeVar("T")
 PING_SECONDS = 15.0  # proxies drop a silent connection after 30 to 60 s
@@ -133,17 +134,20 @@ async def answer(service: Service, session_id: str, message: str, on_event: Call
 
     answer_id = "a-" + secrets.token_hex(12)
 
-    def shadowed(turn: Turn, seconds: float) -> None:
-        record_outcome(service, answer_id, turn, seconds, "shadow")
+    def other(turn: Turn, seconds: float) -> None:
+        try:
+            record_outcome(service, answer_id, turn, seconds)
+        except UserError as error:  # as below: a full disk must not cost a person their answer
+            log.error("%s", error)
 
     with tracer.start_as_current_span("chat", attributes={"request.id": request_id.get(), "answer.id": answer_id}) as span:
-        turn: Turn = await service.need_assistant().run_turn(session_id, message, seen, shadowed)
+        turn: Turn = await service.need_assistant().run_turn(session_id, message, seen, other)
         span.set_attributes({"gen_ai.response.model": turn.model_version, "arm": turn.arm})
     seconds = time.perf_counter() - began
     service.meters.count_turn(turn, seconds)
     service.meters.first_text_seconds.observe(first_text or seconds)
     try:
-        await run_in_threadpool(record_outcome, service, answer_id, turn, seconds, turn.arm)
+        await run_in_threadpool(record_outcome, service, answer_id, turn, seconds)
     except Exception:  # as below: a full disk must not cost a person their answer
         log.exception("request %s: its outcome could not be stored", request_id.get())
     return Exchange(

@@ -18,7 +18,7 @@ from ai_engineer_track.api.service import Service, ServiceDep
 from ai_engineer_track.api.sessions import ClientDep, Exchange, address_of
 from ai_engineer_track.turn import Reply, Turn
 from shared.feedback import Feedback, Kind, TurnSummary
-from shared.outcomes import Arm, Outcome
+from shared.outcomes import Outcome
 
 #: retrieval less sure than this that the library answers: somebody should look at the answer
 UNSURE = 0.25
@@ -57,13 +57,13 @@ def record_automatically(service: Service, exchange: Exchange, earlier: list[Exc
         _write(service, make_record(service, exchange, earlier, kind, reason))
 
 
-def record_outcome(service: Service, answer_id: str, turn: Turn, seconds: float, arm: Arm) -> None:
+def record_outcome(service: Service, answer_id: str, turn: Turn, seconds: float) -> None:
     """How the answer went, whatever it was: rates need what went right, too."""
     verdict = turn.verdict
     service.outcomes.add(
         Outcome(
             answer_id=answer_id,
-            arm=arm,
+            arm=turn.arm,
             model_version=turn.model_version,
             kind=turn.kind,
             grounded=verdict.grounded if verdict else None,

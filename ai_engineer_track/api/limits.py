@@ -26,8 +26,9 @@ OUR_FAULT = "Something went wrong on our side, so there is no answer. Please try
 #: the id of the request being worked on, for logs and traces
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
-#: the page and the probes carry no data of anyone; everything else needs the token when one is set
-OPEN_PATHS = ("/", "/app.js", "/style.css", "/icon.svg", "/health", "/ready")
+#: the pages and the probes carry no data of anyone; everything else needs the token when one is set
+PAGES = ("/", "/app.js", "/page.js", "/style.css", "/icon.svg", "/review", "/review.js", "/review.css")
+OPEN_PATHS = (*PAGES, "/health", "/ready")
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

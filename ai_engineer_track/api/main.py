@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from ai_engineer_track.api import chat, feedback, health, openai_compatible, search, sessions
+from ai_engineer_track.api import chat, feedback, health, openai_compatible, review, search, sessions
 from ai_engineer_track.api.limits import Gate, Guard, RateLimit, error_body, log
 from ai_engineer_track.api.service import Assistant, Index, Retriever, Service
 from ai_engineer_track.inference import Servers
@@ -73,10 +73,11 @@ def create_app(
     # The built-in documentation pages load scripts from elsewhere; /openapi.json describes the API.
     app = FastAPI(title="Two engineers, one model", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    for module in (chat, sessions, search, feedback, health, openai_compatible):
+    for module in (chat, sessions, search, feedback, review, health, openai_compatible):
         app.include_router(module.router)
     app.add_api_route("/", page, include_in_schema=False, response_class=FileResponse)
-    for name in ("app.js", "style.css", "icon.svg"):
+    app.add_api_route("/review", _file("review.html"), include_in_schema=False, response_class=FileResponse)
+    for name in ("app.js", "page.js", "review.js", "style.css", "review.css", "icon.svg"):
         app.add_api_route(f"/{name}", _file(name), include_in_schema=False, response_class=FileResponse)
     token = settings.api.token.get_secret_value() if settings.api.token else None
     app.add_middleware(

@@ -34,9 +34,9 @@ class Assistant(Protocol):
         session_id: str,
         message: str,
         on_event: Callable[[Event], None] | None = None,
-        on_shadow: Callable[[Turn, float], None] | None = None,
+        on_other: Callable[[Turn, float], None] | None = None,
     ) -> Turn:
-        """`on_shadow` is told, later, what a shadow made of the message and the seconds it took."""
+        """`on_other` is told of a turn the person did not get, and the seconds it took."""
 
     async def forget(self, session_id: str) -> None: ...
 

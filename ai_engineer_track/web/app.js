@@ -1,8 +1,9 @@
 // The page: sends messages, shows what streams back, and opens quoted sentences where they stand.
 // Whatever comes from the model, the library or a person enters the page as text nodes only, never as markup.
 
-const $ = (id) => document.getElementById(id);
-const stored = { session: "session", token: "token" };
+import { $, announce, call, make, place, post } from "./page.js";
+
+const stored = { session: "session" };
 const nodeNames = {
   triage: "Checking for an emergency", retrieve: "Looking in the library", decide: "Deciding what to do",
   clarify: "Thinking of a question", answer: "Quoting the leaflets", verify: "Checking the answer",
@@ -15,53 +16,6 @@ let following = null;       // the message whose reply is kept in view, until th
 
 // --- small helpers ---------------------------------------------------------------------------------------------------
 
-function make(tag, props = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(props)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name.includes("-") || name === "role") element.setAttribute(name, value);
-    else element[name] = value;
-  }
-  element.append(...children.filter((child) => child !== null && child !== undefined));
-  return element;
-}
-
-async function call(path, options = {}) {
-  const token = sessionStorage.getItem(stored.token);
-  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
-  const response = await fetch(path, { ...options, headers });
-  if (response.status === 401 && await askToken()) return call(path, options);
-  if (!response.ok) throw new Error(await sentence(response), { cause: response.status });
-  return response;
-}
-
-async function sentence(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch {
-    return `The service answered with status ${response.status}.`;
-  }
-}
-
-function post(path, body, headers = {}) {
-  return call(path, { method: "POST", headers: { "Content-Type": "application/json", ...headers }, body: JSON.stringify(body) });
-}
-
-function askToken() {
-  const dialog = $("token-dialog");
-  $("token").value = "";
-  if (!dialog.open) dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener("close", () => {
-      const token = $("token").value.trim();
-      if (token) sessionStorage.setItem(stored.token, token);
-      resolve(Boolean(token));
-    }, { once: true });
-  });
-}
-
-function announce(text) { $("announcer").textContent = text; }
-
 function hint(text) {
   $("hint").textContent = text || "Enter sends, Shift+Enter begins a new line.";
   $("hint").classList.toggle("problem", Boolean(text));
@@ -73,11 +27,6 @@ function follow() {
   if (!following) return;
   const view = document.querySelector("main");
   view.scrollTop = Math.min(following.offsetTop - 16, view.scrollHeight - view.clientHeight);
-}
-
-/** Where a citation or passage stands: "Migraine, See a doctor". */
-function place({ title, section }) {
-  return `${title}, ${section.charAt(0).toUpperCase()}${section.slice(1).replaceAll("-", " ")}`;
 }
 
 function seconds(value) { return value < 0.01 ? "<0.01 s" : `${value.toFixed(value < 10 ? 2 : 1)} s`; }

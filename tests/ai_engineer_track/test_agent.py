@@ -8,7 +8,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from small_index import SmallIndex
 
-from ai_engineer_track.agent import connect, forget, history, run_turn
+from ai_engineer_track.agent import beginning, connect, forget, history, run_turn
 from shared import chat
 from shared.passages import Passage
 
@@ -278,3 +278,25 @@ def test_who_was_asked_in_vain_about_something_else_is_told_that_nothing_answers
     assert turns[-1].kind == "not_answered"
     told = [t.turn for t in talk([VAGUE, "a tight band, both sides", "I don't know", "no idea"])]
     assert told[-1].kind == "answer"
+
+
+def test_a_turn_says_how_sure_retrieval_was_and_whom_the_judge_convinced(talk):
+    turn = talk([ASKS])[0].turn
+    assert 0 <= turn.confidence <= 1
+    assert turn.trusted == []  # nobody has compared this judge with labels
+    emergency = talk([EMERGENCY])[0].turn
+    assert emergency.confidence is None  # the library was not asked
+
+
+def test_a_turn_can_be_gone_through_again_from_where_it_began(settings, roles_for):
+    async def story():
+        agent, other = connect(roles_for(), InMemorySaver()), connect(roles_for(), InMemorySaver())
+        first = await run_turn(agent, "s", VAGUE)
+        begin = await beginning(agent, "s", "a tight band, both sides")
+        turn = await run_turn(agent, "s", "a tight band, both sides")
+        again = await run_turn(other, "elsewhere", "a tight band, both sides", begin=begin)
+        return first, turn, again
+
+    first, turn, again = asyncio.run(story())
+    assert first.kind == "clarify"
+    assert (again.kind, again.text, again.leaflet) == (turn.kind, turn.text, turn.leaflet)

@@ -36,6 +36,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`stand_in("code")` is what the command runs from now on."""
     package = tmp_path / "here" / "ml_engineer_track"
     package.mkdir(parents=True)
+    (package / "__init__.py").touch()  # a package, or one further down the path would go first
     monkeypatch.chdir(package.parent)  # `python -m` looks here first
 
     def put(code: str) -> None:

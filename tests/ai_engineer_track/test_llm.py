@@ -23,6 +23,13 @@ def test_a_reply_is_counted_and_priced(stub, settings):
     assert stub.requests[-1]["temperature"] == 0
 
 
+def test_a_published_model_is_named_by_its_version_which_no_other_weights_have(stub, settings):
+    llm = Llm(settings.llm.model_copy(update={"published": "m-1"}))
+    assert (llm.known, Llm(settings.llm).known) == ("m-1", "")  # before anybody was asked
+    assert run(llm.chat(ASK, max_tokens=8)).model == llm.known == "m-1:stub"
+    assert stub.requests[-1]["model"] == "stub"
+
+
 def test_streaming_hands_over_every_piece(stub, settings):
     stub.say("head", "one two three")
     pieces = []

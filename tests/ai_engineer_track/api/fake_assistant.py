@@ -89,12 +89,12 @@ class FakeAssistant:
         session_id: str,
         message: str,
         on_event: Callable[[Event], None] | None = None,
-        on_shadow: Callable[[Turn, float], None] | None = None,
+        on_other: Callable[[Turn, float], None] | None = None,
     ) -> Turn:
         made = {"model_version": self.model_version, "index_version": FakeIndex.version}
         turn = (await self._turn(session_id, message, on_event)).model_copy(update=made)
-        if "shadow" in message and on_shadow is not None:
-            on_shadow(turn.model_copy(update={"model_version": "m-shadow", "arm": "candidate"}), 0.25)
+        if "shadow" in message and on_other is not None:
+            on_other(turn.model_copy(update={"model_version": "m-shadow", "arm": "shadow"}), 0.25)
         return turn
 
     async def _turn(self, session_id: str, message: str, on_event: Callable[[Event], None] | None = None) -> Turn:
@@ -167,6 +167,7 @@ class FakeAssistant:
                 kind="not_answered",
                 text=chat.NOT_ANSWERED,
                 verdict=verdict,
+                trusted=["grounded", "safe"] if "trusted" in message else [],
                 nearest=[self.leaflet.id],
                 reason="nothing fits",
                 **common,
@@ -185,6 +186,7 @@ class FakeAssistant:
             text=f"[1] {first.text} [2] {second.text}",
             citations=[self._cite(1, "self-care", 0), self._cite(2, "self-care", 1)],
             verdict=chat.Verdict(grounded=True, safe=True, helpful=4),
+            confidence=0.1 if "unsure" in message else 0.9,
             quotes_verified=True,
             cost=0.000213,
             **common,

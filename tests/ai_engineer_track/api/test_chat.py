@@ -12,7 +12,7 @@ import pytest
 from fake_assistant import FakeAssistant, Serve, wait_until
 from fastapi.testclient import TestClient
 
-from shared import feedback
+from shared import feedback, outcomes
 from shared.chat import NOT_ANSWERED
 
 STREAM = {"Accept": "text/event-stream"}
@@ -158,6 +158,89 @@ def test_a_question_that_did_not_help_is_written_down(client: TestClient, tmp_pa
     records, _ = feedback.read(tmp_path / "artifacts" / "feedback")
     assert {record.kind for record in records} == {"low_confidence", "clarify_failed"}
     assert records[0].earlier == ["It hurts"]
+
+
+def test_a_judge_nobody_trusts_is_recorded_as_such(client: TestClient, tmp_path: Path) -> None:
+    client.post("/chat", json={"message": "retract it"})
+    client.post("/chat", json={"message": "retract it, trusted"})
+    records, _ = feedback.read(tmp_path / "artifacts" / "feedback")
+    assert [r.judge_trusted for r in records if r.kind == "judge_failed"] == [False, True]
+
+
+def test_what_was_withheld_and_every_step_can_be_read_again(client: TestClient, tmp_path: Path) -> None:
+    asked = client.post("/chat", json={"message": "It hurts"}).json()
+    client.post("/chat", json={"message": "retract it", "session_id": asked["session_id"]})
+    records, _ = feedback.read(tmp_path / "artifacts" / "feedback")
+    withheld = next(r for r in records if r.kind == "withheld")
+    assert withheld.opening == "It hurts"
+    assert (withheld.earlier, withheld.replies) == (["It hurts"], [asked["turn"]["text"]])
+    assert [step.split(":")[0] for step in withheld.steps] == ["triage", "retrieve", "decide", "verify"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "kinds"),
+    [
+        (["It hurts", "I don't know"], {"clarify_failed"}),  # answered, but not thanks to the question
+        (["It hurts", "stabbing"], set()),
+        (["unsure"], {"low_confidence"}),  # answered, although hardly anything was found
+        (["What helps?"], set()),
+        (["retract it"], {"judge_failed", "withheld"}),
+        (["unknown"], {"low_confidence"}),
+    ],
+)
+def test_every_shortcoming_is_noticed(client: TestClient, tmp_path: Path, messages: list[str], kinds: set[str]) -> None:
+    session: dict[str, str] = {}
+    for message in messages:
+        session = {"session_id": client.post("/chat", json={"message": message, **session}).json()["session_id"]}
+    records, _ = feedback.read(tmp_path / "artifacts" / "feedback")
+    assert {record.kind for record in records} == kinds
+
+
+def test_every_answer_has_an_outcome_without_a_word_of_it(client: TestClient, tmp_path: Path) -> None:
+    first = client.post("/chat", json={"message": "What helps, zebra?"}).json()
+    second = client.post("/chat", json={"message": "retract it, trusted"}).json()
+    found, bad = outcomes.read(tmp_path / "artifacts" / "feedback")
+    assert not bad
+    assert [(o.answer_id, o.arm, o.kind, o.grounded, o.judge_trusted) for o in found] == [
+        (first["answer_id"], "current", "answer", True, False),
+        (second["answer_id"], "current", "not_answered", False, True),
+    ]
+    assert {o.model_version for o in found} == {first["turn"]["model_version"]} == {"m-fake"}
+    assert "zebra" not in (tmp_path / "artifacts" / "feedback" / "outcomes.jsonl").read_text()
+
+
+def test_a_shadows_outcome_stands_beside_the_answer_the_person_got(client: TestClient, tmp_path: Path) -> None:
+    answer_id = client.post("/chat", json={"message": "What helps, shadow?"}).json()["answer_id"]
+    found, _ = outcomes.read(tmp_path / "artifacts" / "feedback")
+    assert {(o.answer_id, o.arm, o.model_version) for o in found} == {
+        (answer_id, "shadow", "m-shadow"), (answer_id, "current", "m-fake"),
+    }  # fmt: skip
+
+
+def test_outcomes_that_cannot_be_written_cost_nobody_an_answer(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bool:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(client.app.state.service.outcomes, "add", refuse)  # type: ignore[attr-defined]
+    assert client.post("/chat", json={"message": "What helps?"}).json()["turn"]["kind"] == "answer"
+
+
+def test_a_thumb_names_the_model_of_its_answer_not_of_its_hour(
+    client: TestClient, assistant: FakeAssistant, tmp_path: Path
+) -> None:
+    answer_id = client.post("/chat", json={"message": "What helps?"}).json()["answer_id"]
+    assistant.model_version = "m-next"
+    client.post("/feedback", json={"answer_id": answer_id, "kind": "thumbs_down", "reason": "no"})
+    (record,), _ = feedback.read(tmp_path / "artifacts" / "feedback")
+    assert record.model_version == "m-fake"
+
+
+def test_chat_clients_see_the_version_and_their_bad_answers_are_recorded(client: TestClient, tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "It hurts"}, {"role": "user", "content": "unknown"}]
+    reply = client.post("/v1/chat/completions", json={"model": "assistant", "messages": said}).json()
+    assert reply["system_fingerprint"] == "m-fake"
+    records, _ = feedback.read(tmp_path / "artifacts" / "feedback")
+    assert {(r.kind, r.opening) for r in records} == {("low_confidence", "It hurts"), ("clarify_failed", "It hurts")}
 
 
 def async_client(client: TestClient) -> httpx.AsyncClient:
