@@ -44,6 +44,10 @@ class Turn(_Part):
     citations: list[Cited] = []
     verdict: Verdict | None = None
     passages: list[Found] = []
+    #: `<published version>:<variant>`, or a provider's name for its model; empty where the product did not note it
+    model_version: str = ""
+    index_version: str = ""
+    prompt_version: int | None = None
 
 
 class Exchange(_Part):

@@ -151,6 +151,8 @@ def find_answer(answer_id: str, artifacts: Path) -> Answer:
     if kept:
         turn = kept[0].turn
         found |= {"question": kept[0].message, "kind": turn.kind, "text": turn.text, "passages": [p.id for p in turn.passages]}
+        noted = {"model": turn.model_version, "index_version": turn.index_version, "prompt_version": turn.prompt_version}
+        found |= {name: value for name, value in noted.items() if value}
         found["cited"] = [citation.sentence_id for citation in turn.citations]
         found["seen_in"].append(exchanges.FILE)
     if remarks:
@@ -252,7 +254,7 @@ def text(found: Lineage) -> str:
         lines.append(f"model      {model.version}, variant {model.variant or 'not recorded'}, published {model.created}")
         lines += [f"           trained on from {parent}" for parent in model.chain[1:]]
         lines.append(f"base       {model.base} ({model.licence})")
-        lines.append(f"training   {', '.join(f'{k} {v}' for k, v in model.training.items())}; seed {model.seed}")
+        lines.append(f"training   {', '.join(f'{k} {v}' for k, v in model.training.items() if v is not None)}; seed {model.seed}")
         lines.append(f"code       commit {model.commit or 'not recorded'}")
         changed = "" if model.datasets in (None, found.library) else f"; the folder is {found.library} by now"
         lines.append(f"data       {model.data}, made of {model.datasets or 'a folder whose version was not recorded'}{changed}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,18 @@ def test_a_conversation_and_its_outcome_are_enough(place: Path, mini_datasets: P
     assert found.model.version == "m-1"
     assert found.answer.question == "My name is [name]"
     assert found.training_rows[0].id == "quotes"
+
+
+def test_a_conversation_that_names_its_model_is_enough(place: Path, mini_datasets: Path) -> None:
+    keep(place, exchange("a-5"))
+    with closing(sqlite3.connect(place / exchanges.FILE)) as db:
+        body = json.loads(db.execute("SELECT body FROM exchanges").fetchone()[0])
+        body["turn"] |= {"model_version": "m-1:bf16", "index_version": "i-9", "prompt_version": 1}
+        db.execute("UPDATE exchanges SET body = ?", (json.dumps(body),))
+        db.commit()
+    found = lineage.lineage("a-5", place, mini_datasets)
+    assert found.model
+    assert (found.model.version, found.answer.index_version) == ("m-1", "i-9")
 
 
 def test_an_outcome_alone_names_the_model(place: Path, mini_datasets: Path, capsys: pytest.CaptureFixture[str]) -> None:

