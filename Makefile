@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB ENGINE WORKERS STRATEGY
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop bench report compare fit bench-peers load soak faults pretrain datasheet attack audit lock doctor workshop check answer test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop rollback bench report compare fit bench-peers load soak faults pretrain datasheet attack audit lock doctor workshop check answer test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -58,6 +58,9 @@ serve: setup ## the running service with its web page, on PORT=8000
 
 loop: setup ## what the product got wrong becomes the next model: two demonstrations. WATCH=1: look every hour; LOOK=1: once, at your own model
 	@$(BIN)/python -m ml_engineer_track loop $(if $(WATCH),--watch,$(if $(LOOK),,--demonstrate))
+
+rollback: setup ## the version before the current one is current again, also while it is served
+	@$(BIN)/python -m ml_engineer_track models rollback
 
 bench: setup ## measure this machine. SUITE=latency,serving BUDGET=5m MODEL=folder DEVICE=cpu|cuda OUT=file
 	@$(BIN)/python -m benchmarks run --suite "$(SUITE)" --budget "$(BUDGET)" --model "$(MODEL)" --device "$(DEVICE)" $(if $(OUT),--out "$(OUT)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -329,6 +330,7 @@ def loop(
     settings = load_settings(preset or os.environ.get("PRESET") or "loop")
     l.loop_of(settings)
     if demonstrate:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves through every `finally`: the service ends, too
         show(settings)
     elif watch:
         l.watch(settings)

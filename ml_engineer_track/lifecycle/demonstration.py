@@ -261,8 +261,8 @@ def figures(settings: Settings, split: Split, seconds: dict[str, float]) -> dict
     of_kind = {item.id for item in exam.items if any(sid.split("/")[1] == SECTION for sid in item.gold)}
     test = list(was.scores["test"])
     parts: dict[str, tuple[str, list[str]]] = {
-        f"missing: answered by a section {SECTION} (held back)": ("kind", list(was.scores["kind"])),
-        f"missing: about leaflets of the family {FAMILY} (held back)": ("family", list(was.scores["family"])),
+        f"missing: answered by a section {SECTION} (held back)": ("kind", list(was.scores.get("kind", {}))),
+        f"missing: about leaflets of the family {FAMILY} (held back)": ("family", list(was.scores.get("family", {}))),
         f"test split, answered by a section {SECTION}": ("test", [i for i in test if i in of_kind]),
         "test split, everything else": ("test", [i for i in test if i not in of_kind]),
         "test split, correct refusals": ("refusals", list(was.scores["refusals"])),

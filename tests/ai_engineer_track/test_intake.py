@@ -17,7 +17,7 @@ from shared import library as lib
         ("<p>my <b>head</b> hurts</p><script>steal()</script>", "my head hurts"),
         ("fever &amp; rash, temp < 38 and > 37", "fever & rash, temp < 38 and > 37"),
         ("my ch\u200best hu\u202erts", "my chest hurts"),
-        ("my\x07head\x0bhurts", "my head hurts"),
+        ("my\x07head\x0bhurts when I cough", "my head hurts when I cough"),
         ("Is 37.5 > normal for my baby?", "Is 37.5 > normal for my baby?"),
     ],
 )

@@ -194,7 +194,7 @@ def quick(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> Setti
 
     work_of = {
         "curate": curated,
-        "finetune": tuned,
+        "train": tuned,
         "quantize": quantized,
         "load_tokenizer": lambda path: None,
         "load_model": lambda path: None,

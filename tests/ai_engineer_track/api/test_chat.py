@@ -244,7 +244,7 @@ def test_chat_clients_see_the_version_and_their_bad_answers_are_recorded(client:
 
 
 def async_client(client: TestClient) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://test")  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://testserver")  # type: ignore[arg-type]
 
 
 @pytest.mark.anyio

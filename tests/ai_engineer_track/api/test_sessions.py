@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_the_cookie_is_kept_from_scripts_and_other_sites(client: TestClient) -> 
     cookie = client.get("/").headers["set-cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=strict" in cookie
-    assert "Secure" in TestClient(client.app, base_url="https://test").get("/").headers["set-cookie"]
+    assert "Secure" in TestClient(client.app, base_url="https://testserver").get("/").headers["set-cookie"]
     assert "set-cookie" not in client.get("/").headers
 
 
@@ -100,8 +101,31 @@ def test_only_the_owner_may_read_the_file(client: TestClient, tmp_path: Path) ->
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_damaged_file_is_reported_in_one_line(tmp_path: Path) -> None:
+def test_a_damaged_file_is_set_aside_and_conversations_go_on(tmp_path: Path) -> None:
     path = tmp_path / "sessions.sqlite"
     path.write_bytes(b"this is not a database" * 100)
+    store = SessionStore(path)
+    assert store.belongs(store.begin("somebody"), "somebody")
+    store.close()
+    (aside,) = tmp_path.glob("sessions.sqlite.damaged-*")
+    assert aside.read_bytes().startswith(b"this is not a database")
+
+
+def test_damage_under_a_running_service_is_mended_and_cookies_stay_valid(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.sqlite"
+    store = SessionStore(path)
+    kept, secret = store.begin("somebody"), store.secret
+    store.delete(kept)  # empties the write-ahead log: everything is in the file now
+    path.write_bytes(path.read_bytes()[:4096] + bytes(path.stat().st_size - 4096))
+    for companion in ("-wal", "-shm"):
+        path.with_name(path.name + companion).unlink(missing_ok=True)
+    store._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)  # what a page cache no longer holds
+    assert store.belongs(store.begin("somebody"), "somebody")
+    assert store.secret == secret
+    assert SessionStore(path).secret == secret
+
+
+def test_a_place_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="conversations cannot be stored"):
-        SessionStore(path)
+        SessionStore(tmp_path / "file" / "sessions.sqlite")

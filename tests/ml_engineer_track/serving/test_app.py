@@ -88,7 +88,7 @@ def test_a_client_that_leaves_frees_its_slot(slow: tuple[str, CountingEngine], s
     address, engine = slow
     body = json.dumps({**CHAT, "max_tokens": 400, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as connection:
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         wait(lambda: engine.stats().running == 1)
         if stream:
