@@ -255,7 +255,8 @@ _DENIED = re.compile(
 _GENERAL = re.compile(
     r"\b(what (are|is|does)|which|how (do|can|long|many|much|often|does|soon)|why|when (should|do|does|is|would)"
     r"|difference between|signs of"
-    r"|if (i|he|she|someone|somebody|they|a|my|the|you|it)|ago|last (week|month|year|summer|winter)|in (19|20)\d\d|used to"
+    r"|if (i|he|she|someone|somebody|they|a|my|the|you|it)|(?<!minutes )(?<!hours )(?<!hour )ago"
+    r"|last (week|month|year|summer|winter)|in (19|20)\d\d|used to"
     r"|years? (back|behind)|makes? people|chances?"
     r"|percent\w*|survival|prognosis|should i (call|worry)|feel(ing)? (well|fine) now|it'?s stopped|has stopped|passed (off"
     r"|now)|dying of)\b"

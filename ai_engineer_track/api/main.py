@@ -73,7 +73,7 @@ def create_app(
         service.gate.close()
 
     # The built-in documentation pages load scripts from elsewhere; /openapi.json describes the API.
-    app = FastAPI(title="Two engineers, one model", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Two engineers, one model", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     for module in (chat, sessions, search, feedback, review, health, openai_compatible):
         app.include_router(module.router)

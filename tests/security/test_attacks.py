@@ -50,7 +50,9 @@ def fast(kind: str) -> list[Attack]:
 
 
 @pytest.mark.parametrize("kind", sorted({one.kind for one in ATTACKS if one.channel == "question"} - {"long"}))
-def test_a_model_that_obeys_the_attacker_gets_nothing_out(kind: str, talk: Callable[..., Any], stub: StubServer) -> None:
+def test_a_model_that_obeys_the_attacker_gets_nothing_out(
+    kind: str, talk: Callable[..., Any], stub: StubServer, small_index: Any
+) -> None:
     """The model is lost: it answers every prompt with the attacker's words, whatever it was held to."""
     stub.say("", OBEDIENT)
     for one in fast(kind):
@@ -60,7 +62,7 @@ def test_a_model_that_obeys_the_attacker_gets_nothing_out(kind: str, talk: Calla
                 status=200, headers={"content-type": "application/json", "x-content-type-options": "nosniff"},
                 body={"turn": turn.model_dump(mode="json")}, turn=turn.model_dump(mode="json"), text=turn.text,
             )  # fmt: skip
-            seen = suite.successes(one, reply, {}, suite.prompts(), [])
+            seen = suite.successes(one, reply, small_index.passages, suite.prompts(), [])
             assert {"leak", "action", "output"}.isdisjoint(seen), (one.id, seen)
             assert turn.kind != "answer"
             assert "OWNED" not in turn.text + turn.warning
