@@ -39,7 +39,7 @@ def test_a_command_that_cannot_be_is_one_line(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_users_mistake_is_one_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """No model, no index, and no data to make one of."""
     monkeypatch.setattr(sys, "argv", ["ai_engineer_track", name, *(["a message"] if name == "search" else [])])
@@ -48,7 +48,7 @@ def test_a_users_mistake_is_one_line(
     monkeypatch.delenv("LLM_BASE_URL", raising=False)
     monkeypatch.setenv("PORT", "0")
     assert main() == 2
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert "Traceback" not in said

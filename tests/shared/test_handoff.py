@@ -73,6 +73,7 @@ def test_a_manifest_from_before_the_data_folder_was_named_is_read(version: Path)
     raw = json.loads(path.read_text(encoding="utf-8"))
     del raw["data"]["datasets"]
     path.write_text(json.dumps(raw), encoding="utf-8")
+    handoff.write_sums(version)
     assert handoff.verify(version).data.datasets is None
 
 
