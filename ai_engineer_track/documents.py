@@ -31,6 +31,8 @@ from shared.passages import Passage, leaflet_passages
 MAX_WORDS = 120
 #: a "sentence" longer than this is a table or a list without full stops, and is cut
 MAX_SENTENCE_WORDS = 60
+#: to its end, or, as in a browser, to that of the page; Python's parser looks for the end of every unclosed one anew
+COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 MARK = re.compile(r"\[(\d{1,3})\]")
 MAX_BYTES = 50_000_000
 #: what one document may give: a page of a PDF holds about 3,000 characters, and a small file can unpack to gigabytes of them
@@ -212,7 +214,7 @@ class _Page(HTMLParser):
 def _blocks_of_html(text: str) -> tuple[str, list[Block]]:
     """Title and blocks. A first-level heading over everything is the title, and no longer part of the paths."""
     page = _Page()
-    page.feed(text)
+    page.feed(COMMENT.sub("", text))
     page.close()
     tops = {path[0] if path else "" for path, _ in page.blocks}
     if len(tops) == 1 and (top := tops.pop()):

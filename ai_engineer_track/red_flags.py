@@ -70,8 +70,8 @@ ALARMS: dict[str, str] = {
     r"|unable to)( even)? "
     r"(swallow|open (my|his|her) mouth)|mouth is full|finger'?s width)\b",
     "heavy bleeding": r"\b(blood(?! thin)|bleed\w*|it'?s|period|cut|nose)\b.{0,50}\b(won'?t (stop|quit)|pour\w*|gush\w*|soak\w*"
-    r"|spurt\w*|pump\w*|flood\w*|jelly|clots?|keeps coming|not stopping|solid red|fountain|still (pour|bleed|drip|gush|com)\w*)|(third"
-    r"|fourth|two|three|four"
+    r"|spurt\w*|pump\w*|flood\w*|jelly|clots?|keeps coming|not stopping|solid red|fountain|still (pour|bleed|drip|gush|com)\w*)"
+    r"|(third|fourth|two|three|four"
     r"|another) (towels?"
     r"|pads?)\b|soaked (two|three|four|through)|through (a|two|three) pads?",
     "blood from inside": r"\b(sick|vomit\w*|thr(ew|ow)\w* up|brought up|bringing up|cough\w* (it )?up|spat"

@@ -166,8 +166,9 @@ def test_a_crowd_beyond_the_queue_is_answered_or_refused_and_nothing_changes(tar
     record = connections.rush(target, psutil.Process(), some_chats(24).take(40), 1e12, SLO)
     found = record.metrics
     assert found["failed"] == 0
-    assert (found["rejected"] or 0) >= 10  # two run and four wait
-    assert (found["completed"] or 0) >= 6
+    assert (found["rejected"] or 0) >= 10
+    # Four wait. Whether the two places of the batch are taken when the crowd comes depends on which thread is faster.
+    assert (found["completed"] or 0) >= 4
     assert (found["completed"] or 0) + (found["rejected"] or 0) == 40
     assert found["refused_without_retry_after"] == 0
     assert found["same_replies"] == 1
