@@ -7,9 +7,10 @@ leaflet's section *Treatment* answers, and those about the leaflets of one famil
 one half of what is missing, over HTTP, and what they were not content with becomes labels. One turn of the loop later both models
 are asked the other half, which nobody trained on, and everything else.
 
-Why two: leaving out a family of leaflets hardly opens a gap, because quoting from leaflets never seen is what the model is
-trained for (the whole test split is of such families). Leaving out a *kind* of question does: without them, a sentence under
-the heading Treatment is never once the right one in training, and the model and its ranker learn that, too. Both are reported.
+Why two: quoting from leaflets never seen is what the model is trained for (the whole test split is of such families), so a
+missing family alone says little about what is lost; how hard its questions are says as much. A missing *kind* of question opens a gap
+for a reason: without them, a sentence under the heading Treatment is never once the right one in training, and the model and its
+ranker learn that, too. Both are reported, and the rest of the test split beside them.
 
 **A poisoned label does not get through.** Reviewers who are mistaken, or mean harm, label emergencies as questions to be answered
 with a sentence on self-care. The next turn learns that as willingly, and the gate has to stop it.
