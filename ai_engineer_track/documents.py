@@ -33,6 +33,8 @@ MAX_WORDS = 120
 MAX_SENTENCE_WORDS = 60
 #: to its end, or, as in a browser, to that of the page; Python's parser looks for the end of every unclosed one anew
 COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+#: a tag that the page ends in, and all behind it; the parser would look for its end from every `<` in it
+UNFINISHED = re.compile(r"<[a-zA-Z/!?].*", re.DOTALL)
 MARK = re.compile(r"\[(\d{1,3})\]")
 MAX_BYTES = 50_000_000
 #: what one document may give: a page of a PDF holds about 3,000 characters, and a small file can unpack to gigabytes of them
@@ -214,7 +216,9 @@ class _Page(HTMLParser):
 def _blocks_of_html(text: str) -> tuple[str, list[Block]]:
     """Title and blocks. A first-level heading over everything is the title, and no longer part of the paths."""
     page = _Page()
-    page.feed(COMMENT.sub("", text))
+    text = COMMENT.sub("", text)
+    end = text.rfind(">") + 1
+    page.feed(text[:end] + UNFINISHED.sub("", text[end:]))
     page.close()
     tops = {path[0] if path else "" for path, _ in page.blocks}
     if len(tops) == 1 and (top := tops.pop()):
