@@ -8,9 +8,9 @@ one half of what is missing, over HTTP, and what they were not content with beco
 are asked the other half, which nobody trained on, and everything else.
 
 Why two: quoting from leaflets never seen is what the model is trained for (the whole test split is of such families), so a
-missing family alone says little about what is lost; how hard its questions are says as much. A missing *kind* of question opens a gap
-for a reason: without them, a sentence under the heading Treatment is never once the right one in training, and the model and its
-ranker learn that, too. Both are reported, and the rest of the test split beside them.
+missing family alone says little about what is lost; how hard its questions are says as much. A missing *kind* of question
+opens a gap for a reason: without them, a sentence under the heading Treatment is never once the right one in training, and the
+model and its ranker learn that, too. Both are reported, and the rest of the test split beside them.
 
 **A poisoned label does not get through.** Reviewers who are mistaken, or mean harm, label emergencies as questions to be answered
 with a sentence on self-care. The next turn learns that as willingly, and the gate has to stop it.
