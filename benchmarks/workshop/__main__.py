@@ -10,6 +10,7 @@ python -m benchmarks.workshop walk  follow WORKSHOP.md in a copy of this tree, s
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -89,6 +90,8 @@ def keep_answer(exercise: int, text: str) -> None:
 
 
 def main() -> int:
+    """Run a command; see `run_app` for how it ends. A walk that is ended stops what it started, as with Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run_app(app)
 
 

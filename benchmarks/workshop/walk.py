@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,13 +97,19 @@ def run(script: str, tree: Path, environment: dict[str, str], name: str) -> floa
     with tempfile.TemporaryFile(
         "w+", encoding="utf-8", errors="replace"
     ) as output:  # a pipe would wait for whoever keeps it open
-        done = subprocess.run(
-            ["bash", "-c", PRELUDE + script], cwd=tree, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
-        )
+        shell = subprocess.Popen(
+            ["bash", "-c", PRELUDE + script],
+            cwd=tree, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = shell.wait()
+        finally:  # also after Ctrl-C: nothing that the page started outlives its block
+            with suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGTERM)
         output.seek(0)
         said = output.read().strip().splitlines()
-    if done.returncode:
-        raise UserError(f"{name} failed with status {done.returncode}", "WORKSHOP.md", " | ".join(said[-12:]))
+    if status:
+        raise UserError(f"{name} failed with status {status}", "WORKSHOP.md", " | ".join(said[-12:]))
     return time.perf_counter() - began
 
 
