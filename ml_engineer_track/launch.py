@@ -115,7 +115,9 @@ def run_torchrun(settings: Settings, work: Path) -> None:
         sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={here}", f"--max-restarts={RESTARTS}",
         "-m", "ml_engineer_track.launch", str(work / "job.json"),
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // here))}
+    # A store that outlives its group still holds the dead worker's address: the next group waits for it (torch 2.13, Gloo).
+    fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = os.environ | fresh | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // here))}
     with (work / "workers.log").open("w", encoding="utf-8") as log:
         agent = subprocess.Popen(command, env=environment, stderr=log)
         try:
@@ -175,7 +177,7 @@ def start_ray(workers: int) -> None:
         ray.init(address=address or "local", logging_level="error", log_to_driver=False, **({} if address else here))
     except Exception as error:  # Ray raises plain ones, too
         ray.shutdown()
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].split(". ")[0]
         fix = "Is the cluster up?" if address else "It gives up after 30 seconds: try again when the machine is less busy"
         raise UserError(f"Ray did not start: {first}", address or "this machine", fix) from None
 

@@ -185,6 +185,7 @@ def test_two_agents_as_on_two_machines_train_together(settings: Settings, data: 
     """As docs/cluster.md has it: one machine runs the pipeline, the other the agent alone, on the job that lies there."""
     group = by(settings, tmp_path / "two", "torchrun", 2)
     shared = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "127.0.0.1:29431", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ID": "ml"}
+    shared |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     first = start(group, data, tmp_path, shared)
     job = group.work / "finetune" / "job.json"
     wait_for(lambda: job.exists(), first)
