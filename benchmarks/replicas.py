@@ -35,10 +35,11 @@ from benchmarks.results import Record, Result, spread
 from benchmarks.runner import warn_if_busy
 from benchmarks.serving import first_model, free_port
 from shared import handoff
+from shared.cluster import need_ray
 from shared.errors import UserError
 from shared.files import write_text
 from shared.library import DATASETS, Question, read_rows
-from shared.replicas import REPLICA_HEADER, REQUEST_ID, Journaled, need_ray, read_journals
+from shared.replicas import REPLICA_HEADER, REQUEST_ID, Journaled, read_journals
 from shared.settings import ROOT
 
 NAME = "replicas"
@@ -97,7 +98,7 @@ class Side:
 
 def run(sides: Sequence[str], replicas: int, out: Path | None) -> tuple[Result, Path]:
     """Kill one replica of each side, then replace a version, and write what happened. UserError when a side does not start."""
-    need_ray()
+    need_ray("benchmarks replicas")
     if unknown := [name for name in sides if name not in SIDES]:
         raise UserError(f"unknown side {unknown[0]!r}", "--side", f"Use: {', '.join(SIDES)}")
     started, environment = time.perf_counter(), results.environment()
@@ -308,6 +309,7 @@ def publish_model(side: Side) -> None:
     shutil.copytree(old, new)
     manifest = handoff.read_manifest(new)
     write_text(new / "manifest.json", manifest.model_copy(update={"version": new.name}).model_dump_json(indent=2) + "\n")
+    handoff.write_sums(new)
     handoff.set_current(side.artifacts / "models", new.name)
 
 

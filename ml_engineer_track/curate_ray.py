@@ -19,8 +19,8 @@ checked here: that is done when rows become prompts.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -31,8 +31,9 @@ import numpy as np
 from datasketch import MinHashLSH
 
 from ml_engineer_track.curate import PERMUTATIONS, cleaned, fingerprint
-from ml_engineer_track.launch import start_ray
+from ml_engineer_track.launch import OBJECT_STORE
 from shared import library as lib
+from shared.cluster import need_ray, start_ray
 from shared.errors import UserError
 from shared.files import need_disk, replace_folder, write_json
 
@@ -65,8 +66,7 @@ class Sharer:
 
 def curate_corpus(shards: Path, into: Path, near_duplicate: float) -> Cleaned:
     """Clean every `*.jsonl` of the folder `shards` (rows as in questions.jsonl). UserError without Ray or without shards."""
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("Ray is not installed", "curate-corpus", "pip install -e '.[ray]'")
+    need_ray("curate-corpus")
     files = sorted(shards.glob("*.jsonl"))
     if not files:
         raise UserError("no shards here (*.jsonl)", str(shards), "Name a folder of JSON-lines files")
@@ -74,7 +74,7 @@ def curate_corpus(shards: Path, into: Path, near_duplicate: float) -> Cleaned:
         raise UserError("the cleaned corpus would replace its source", str(into), "Name another folder with --into")
     size = sum(file.stat().st_size for file in files)
     need_disk(into, 2 * size)
-    start_ray(1)
+    start_ray(os.cpu_count() or 1, OBJECT_STORE)
     import ray
 
     try:

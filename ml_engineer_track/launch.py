@@ -13,7 +13,6 @@ several machines that folder must be one they share.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -28,13 +27,14 @@ from pydantic import BaseModel, TypeAdapter
 from ml_engineer_track.curate import CuratedData
 from ml_engineer_track.distributed import is_first, joined
 from ml_engineer_track.finetune import Tuned, finetune
+from shared.cluster import need_ray, start_ray
 from shared.errors import UserError
 from shared.files import write_json, write_text
-from shared.settings import ROOT, Settings
+from shared.settings import Settings
 
 #: A worker that is lost more often than this has not been unlucky.
 RESTARTS = 3
-#: Bytes of memory that Ray may fill with data on this machine before it writes to disk (its default is 30 % of all).
+#: Bytes of memory that Ray may fill with data on this machine.
 OBJECT_STORE = 500_000_000
 
 
@@ -75,8 +75,8 @@ def check(settings: Settings) -> None:
     if rows % workers:
         fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise UserError(f"{workers} workers cannot share the {rows} rows of a step evenly", "WORKERS", f"Use one of: {fitting}")
-    if settings.engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise UserError("Ray is not installed", "ENGINE=ray", "pip install -e '.[ray]', or use ENGINE=torchrun")
+    if settings.engine == "ray":
+        need_ray("ENGINE=ray")
     here = torch.cuda.device_count()
     if settings.engine != "local" and "RAY_ADDRESS" not in os.environ and 0 < here < workers // nodes():
         raise UserError(f"{workers // nodes()} workers need as many GPUs, and here are {here}", "WORKERS", f"Use at most {here}")
@@ -115,7 +115,8 @@ def run_torchrun(settings: Settings, work: Path) -> None:
         sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={here}", f"--max-restarts={RESTARTS}",
         "-m", "ml_engineer_track.launch", str(work / "job.json"),
     ]  # fmt: skip
-    # A store that outlives its group still holds the dead worker's address: the next group waits for it (torch 2.13, Gloo).
+    # A store that outlives its group still holds the dead worker's address, and the next group fails to reach it (torch 2.13,
+    # Gloo: "connectFullMesh failed", every time until the restarts are used up).
     fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment = os.environ | fresh | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // here))}
     with (work / "workers.log").open("w", encoding="utf-8") as log:
@@ -133,7 +134,7 @@ def run_torchrun(settings: Settings, work: Path) -> None:
 
 def run_ray(settings: Settings, work: Path) -> None:
     """On the cluster of RAY_ADDRESS, else on this machine alone."""
-    start_ray(settings.workers)
+    start_ray(max(settings.workers, os.cpu_count() or 1), OBJECT_STORE)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -161,25 +162,6 @@ def run_ray(settings: Settings, work: Path) -> None:
             log.write(f"{failure}\n")
     finally:
         ray.shutdown()
-
-
-def start_ray(workers: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start Ray on this machine: no usage reports, no dashboard. UserError when it fails."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU keep what they see
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets every other program go first
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of its workers
-    import ray
-
-    address = os.environ.get("RAY_ADDRESS")
-    here = {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-    try:
-        ray.init(address=address or "local", logging_level="error", log_to_driver=False, **({} if address else here))
-    except Exception as error:  # Ray raises plain ones, too
-        ray.shutdown()
-        first = str(error).strip().splitlines()[0].split(". ")[0]
-        fix = "Is the cluster up?" if address else "It gives up after 30 seconds: try again when the machine is less busy"
-        raise UserError(f"Ray did not start: {first}", address or "this machine", fix) from None
 
 
 def _ray_worker(told: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shared.cluster import start_ray
 from shared.errors import UserError
 
 #: Which replica answered; a client may send REQUEST_ID, and finds its request in the journal under it.
@@ -46,7 +47,7 @@ DRAIN_SECONDS = 120.0
 SURGE_PERCENT, TRIES = 25, 2
 LOGGING = {"log_level": "ERROR", "enable_access_log": False}  # the journal is the access log
 JOURNAL_BYTES = 64 * 2**20
-#: Serve passes no large objects around; Ray would take 30 % of the memory for them.
+#: Serve passes no large objects around.
 OBJECT_STORE_BYTES = 100 * 2**20
 
 #: Opens one replica: the application, and a question it is asked every second: why can it not serve? ("" when it can.)
@@ -117,36 +118,13 @@ def serve_replicas(
                 print(f"serving {version}", flush=True)
 
 
-def need_ray() -> tuple[Any, Any]:
-    """Ray and Ray Serve, which are an extra. UserError when they are not installed."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to anybody
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets every other program go before the people who wait
-    try:
-        import ray
-        from ray import serve
-    except ImportError:
-        raise UserError(
-            "Ray Serve is not installed", "this environment", "pip install -c torch.txt -c constraints.txt -e '.[ray]'"
-        ) from None
-    return ray, serve
-
-
 @contextmanager
 def _cluster(plan: Plan) -> Iterator[None]:
     """Ray and Serve's proxy, ended with the block; Ctrl-C and SIGTERM end it."""
-    ray, serve = need_ray()
-    address = os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:  # a place for each replica, however many cores there are: they share them
-            ray.init(
-                address="local", num_cpus=plan.places, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
-            )
-    except Exception as error:  # plain ones, too: a machine that is too busy to start it within half a minute
-        raise UserError(f"Ray does not start ({str(error).splitlines()[0]})", address or "this machine", "Try again") from None
+    start_ray(plan.places, OBJECT_STORE_BYTES)
+    import ray
+    from ray import serve
+
     signal.signal(signal.SIGTERM, _stopped)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
@@ -165,7 +143,7 @@ def _cluster(plan: Plan) -> Iterator[None]:
 
 def _deploy(plan: Plan, open_replica: Open, version: str, arguments: tuple[Any, ...], journals: Path) -> None:
     """Bring every replica to a version; returns when they all serve it. UserError with a replica's own reason when it cannot."""
-    _, serve = need_ray()
+    from ray import serve
 
     class Replica:
         """What Serve makes copies of."""

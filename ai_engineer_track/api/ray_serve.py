@@ -23,14 +23,15 @@ from ai_engineer_track.api.sessions import SessionStore
 from ai_engineer_track.inference import inference_server, need_port
 from ai_engineer_track.ingest import ingest as bring_up_to_date
 from ai_engineer_track.settings import AiSettings
-from shared.replicas import need_ray, plan, serve_replicas
+from shared.cluster import need_ray
+from shared.replicas import plan, serve_replicas
 
 JOURNALS = "service"
 
 
 def serve_ray(settings: AiSettings, replicas: int, most: int | None) -> None:
     """Serve until a signal comes. UserError when Ray is missing, the port is taken, or there is no model to ask."""
-    need_ray()
+    need_ray("serve-ray")
     api = settings.api
     wanted = plan(api.host, api.port, replicas, most, api.concurrency, replicas * api.concurrency)
     need_port(api.host, api.port)

@@ -21,7 +21,8 @@ from ml_engineer_track.serving.app import State, create_app
 from ml_engineer_track.serving.catalog import EngineName, Limits, entries
 from ml_engineer_track.serving.serve import listen, load_all
 from shared import handoff
-from shared.replicas import need_ray, plan, serve_replicas
+from shared.cluster import need_ray
+from shared.replicas import plan, serve_replicas
 
 JOURNALS = "inference"
 
@@ -31,26 +32,26 @@ def serve_ray(
     artifacts: Path, limits: Limits,
 ) -> None:  # fmt: skip
     """Serve until a signal comes. UserError when Ray is missing, the port is taken, or there is nothing to serve."""
-    need_ray()
+    need_ray("serve-ray")
     # Those who wait do so in front of the replicas: what waits inside of one is lost with it.
     wanted = plan(host, port, replicas, most, limits.max_running, limits.max_waiting, torch.cuda.device_count())
     entries(model, variants, engine, artifacts)  # a user's mistakes are told before anything is started
     listen(host, port).close()
 
-    def current() -> tuple[str, tuple[Path, Sequence[str], EngineName, Path, Limits]]:
+    def current() -> tuple[str, tuple[Path, Sequence[str], EngineName, Path, Limits, str]]:
         folder = (model or handoff.current(artifacts / "models")).resolve()
-        return folder.name, (folder, variants, engine, artifacts.resolve(), limits)
+        return folder.name, (folder, variants, engine, artifacts.resolve(), limits, host)
 
     serve_replicas(wanted, open_replica, current, artifacts.resolve() / "logs" / "replicas" / JOURNALS)
 
 
 async def open_replica(
-    folder: Path, variants: Sequence[str], engine: EngineName, artifacts: Path, limits: Limits
+    folder: Path, variants: Sequence[str], engine: EngineName, artifacts: Path, limits: Limits, host: str
 ) -> tuple[ASGIApp, Callable[[], str]]:
     """The API over engines that are loaded and repeat their golden replies. UserError when a file or a reply is another one."""
     state = State()
     await load_all(state, entries(folder, variants, engine, artifacts), limits)
-    return create_app(state, _loaded), lambda: state.not_ready
+    return create_app(state, _loaded, host), lambda: state.not_ready
 
 
 async def _loaded(_: State) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from shared import replicas
 from shared.errors import UserError
-from shared.replicas import REPLICA_HEADER, REQUEST_ID, Journal, need_ray, plan, read_journals
+from shared.replicas import REPLICA_HEADER, REQUEST_ID, Journal, plan, read_journals
 
 
 @pytest.fixture
@@ -108,9 +107,3 @@ def test_a_rolling_update_has_a_place_for_one_more() -> None:
 def test_fewer_at_most_than_at_least_is_told() -> None:
     with pytest.raises(UserError, match=r"at most 1 replicas, but at least 2 in --max-replicas"):
         plan("127.0.0.1", 8001, 2, 1, 64, 512)
-
-
-def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"Ray Serve is not installed .* '\.\[ray\]'"):
-        need_ray()

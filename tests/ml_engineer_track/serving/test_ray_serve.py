@@ -35,6 +35,7 @@ def spoilt(artifact: Path, name: str) -> Path:
     for variant in manifest.variants.values():
         variant.golden[0].token_ids[0] += 1
     write_text(folder / "manifest.json", manifest.model_copy(update={"version": name}).model_dump_json())
+    handoff.write_sums(folder)
     return folder
 
 
@@ -56,7 +57,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started(artifact: Path)
 async def test_a_replica_of_a_version_that_says_something_else_is_not_opened(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "m-test")
     with pytest.raises(UserError, match=r"golden prompt 1 of 2 .* is answered differently from token 1 on"):
-        await open_replica(spoilt(tmp_path / "m-test", "m-bad"), ["q8_0"], "auto", tmp_path, LIMITS)
+        await open_replica(spoilt(tmp_path / "m-test", "m-bad"), ["q8_0"], "auto", tmp_path, LIMITS, "127.0.0.1")
 
 
 @pytest.fixture(scope="module")
