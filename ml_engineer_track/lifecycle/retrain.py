@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -128,7 +129,7 @@ def training_rows(
     decisions = [row for label in corrected for row in decision_rows(label, library, settings.curate.copies)]
     said = {row.messages[0]["content"].rpartition("Message: ")[2] for row in decisions}
     old = [r for r in rows if not r.id.startswith(PREFIX) and r.messages[0]["content"].rpartition("Message: ")[2] not in said]
-    replayed = replay(old, loop_of(settings), rng)
+    replayed = [*replay(old, loop_of(settings), rng), *replay_decisions(old, decisions, loop_of(settings).replay["decide"], rng)]
     held = {label.id for label in collected.taught[::VALIDATED]}
     train = [row for row in new if row.id.split("#")[0] not in held]
     validation = [row.model_copy(update={"split": "validation"}) for row in new if row.id.split("#")[0] in held]
@@ -142,16 +143,36 @@ def training_rows(
 
 
 def replay(rows: Sequence[c.Row], options: Loop, rng: random.Random) -> list[c.Row]:
-    """Old rows by what they teach, as many of each as the settings say, or all there are."""
+    """Old rows by what they teach, as many of each as the settings say, or all there are; decisions are not among them."""
     groups: dict[str, list[c.Row]] = {}
     for row in rows:
         refusal = row.skill == "answer" and row.reply == chat.NOT_ANSWERED
         groups.setdefault("not_answered" if refusal else row.skill, []).append(row)
     chosen = []
     for name, wanted in options.replay.items():
-        found = groups.get(name, [])
+        found = groups.get(name, []) if name != "decide" else []
         chosen += rng.sample(found, min(wanted, len(found)))
     return chosen
+
+
+def replay_decisions(rows: Sequence[c.Row], new: Sequence[c.Row], wanted: int, rng: random.Random) -> list[c.Row]:
+    """Old decisions that, together with the `new` ones, show every action as often as before.
+
+    Labels say what should have been answered and hardly ever what should have been escalated: on top of a plain sample they
+    would teach that emergencies are rarer than they are. Where they fill an action's share more than once, all shares grow.
+    """
+    groups: dict[str, list[c.Row]] = {}
+    for row in rows:
+        if row.skill == "decide":
+            groups.setdefault(row.reply, []).append(row)
+    total = sum(map(len, groups.values()))
+    known = Counter(row.reply for row in new)
+    size = max([float(wanted), *(known[reply] * total / len(found) for reply, found in groups.items())])
+    return [
+        row
+        for reply, found in groups.items()
+        for row in rng.sample(found, min(len(found), max(0, round(size * len(found) / total) - known[reply])))
+    ]
 
 
 def decision_rows(label: Label, library: lib.Library, copies: int) -> list[c.Row]:
