@@ -42,8 +42,20 @@ def test_every_skill_has_its_share_and_refusals_one_of_their_own(settings: Setti
     chosen = replay(rows, loop_of(settings), random.Random(1))
     counted = Counter("not_answered" if row.reply == chat.NOT_ANSWERED else row.skill for row in chosen)
     wanted = loop_of(settings).replay
-    assert counted == {"answer": wanted["answer"], "not_answered": 50, "decide": wanted["decide"]}  # fifty are all there are
+    assert counted == {"answer": wanted["answer"], "not_answered": 50}  # fifty are all there are; decisions are chosen below
     assert chosen == replay(rows, loop_of(settings), random.Random(1))
+
+
+def test_labels_do_not_change_how_often_an_action_is_shown() -> None:
+    answer, escalate = (f'{{"action":"{name}"}}' for name in ("answer", "escalate"))
+    old = [a_row(n, "decide", answer if n % 4 else escalate) for n in range(1000)]
+    for labels, wanted in ((0, 200), (60, 200), (300, 200)):  # the last are more than the share of a small replay
+        new = [a_row(n, "decide", answer) for n in range(5000, 5000 + labels)]
+        chosen = replay_decisions(old, new, wanted, random.Random(1))
+        counted = Counter(row.reply for row in [*chosen, *new])
+        assert counted[answer] == pytest.approx(3 * counted[escalate], abs=3)
+        assert sum(counted.values()) >= wanted
+    assert chosen == replay_decisions(old, new, wanted, random.Random(1))
 
 
 def test_a_label_becomes_a_question_and_replaces_the_old_one(
