@@ -16,7 +16,16 @@ from ml_engineer_track.finetune import finetune
 from ml_engineer_track.lifecycle import loop as l
 from ml_engineer_track.lifecycle.exam import Exam
 from ml_engineer_track.lifecycle.gate import Check
-from ml_engineer_track.lifecycle.retrain import PREFIX, Trained, decision_rows, grown, loop_of, question_of, replay
+from ml_engineer_track.lifecycle.retrain import (
+    PREFIX,
+    Trained,
+    decision_rows,
+    grown,
+    loop_of,
+    question_of,
+    replay,
+    replay_decisions,
+)
 from ml_engineer_track.quantize import quantize
 from ml_engineer_track.train_ranker import train_ranker
 from shared import chat, handoff
