@@ -166,6 +166,7 @@ class Loop(_Strict):
     label_copies: int = Field(ge=1)
     exam_share: float = Field(gt=0, lt=1)
     replay: dict[Literal["answer", "not_answered", "decide", "clarify", "judge"], int]
+    emergencies: float = Field(ge=1)
     gate: Gate
     trial: Trial
     keep: int = Field(ge=0)

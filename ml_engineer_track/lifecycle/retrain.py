@@ -129,7 +129,7 @@ def training_rows(
     decisions = [row for label in corrected for row in decision_rows(label, library, settings.curate.copies)]
     said = {row.messages[0]["content"].rpartition("Message: ")[2] for row in decisions}
     old = [r for r in rows if not r.id.startswith(PREFIX) and r.messages[0]["content"].rpartition("Message: ")[2] not in said]
-    replayed = [*replay(old, loop_of(settings), rng), *replay_decisions(old, decisions, loop_of(settings).replay["decide"], rng)]
+    replayed = [*replay(old, loop_of(settings), rng), *replay_decisions(old, decisions, loop_of(settings), rng)]
     held = {label.id for label in collected.taught[::VALIDATED]}
     train = [row for row in new if row.id.split("#")[0] not in held]
     validation = [row.model_copy(update={"split": "validation"}) for row in new if row.id.split("#")[0] in held]
@@ -155,23 +155,26 @@ def replay(rows: Sequence[c.Row], options: Loop, rng: random.Random) -> list[c.R
     return chosen
 
 
-def replay_decisions(rows: Sequence[c.Row], new: Sequence[c.Row], wanted: int, rng: random.Random) -> list[c.Row]:
-    """Old decisions that, together with the `new` ones, show every action as often as before.
+def replay_decisions(rows: Sequence[c.Row], new: Sequence[c.Row], options: Loop, rng: random.Random) -> list[c.Row]:
+    """Old decisions that, together with the `new` ones, show every action in proportion, emergencies more often than before.
 
     Labels say what should have been answered and hardly ever what should have been escalated: on top of a plain sample they
-    would teach that emergencies are rarer than they are. Where they fill an action's share more than once, all shares grow.
+    would teach that emergencies are rarer than they are. And what does most harm when forgotten is rehearsed most
+    (`loop.emergencies`). Where labels fill an action's share more than once, all shares grow.
     """
     groups: dict[str, list[c.Row]] = {}
     for row in rows:
         if row.skill == "decide":
             groups.setdefault(row.reply, []).append(row)
-    total = sum(map(len, groups.values()))
+    escalate = chat.to_json(chat.Decision(action="escalate"))
+    weights = {reply: len(found) * (options.emergencies if reply == escalate else 1.0) for reply, found in groups.items()}
+    shares = {reply: weight / sum(weights.values()) for reply, weight in weights.items()}
     known = Counter(row.reply for row in new)
-    size = max([float(wanted), *(known[reply] * total / len(found) for reply, found in groups.items())])
+    size = max([float(options.replay["decide"]), *(known[reply] / share for reply, share in shares.items())])
     return [
         row
         for reply, found in groups.items()
-        for row in rng.sample(found, min(len(found), max(0, round(size * len(found) / total) - known[reply])))
+        for row in rng.sample(found, min(len(found), max(0, round(size * shares[reply]) - known[reply])))
     ]
 
 

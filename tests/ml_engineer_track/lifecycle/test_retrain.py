@@ -55,16 +55,17 @@ def test_every_skill_has_its_share_and_refusals_one_of_their_own(settings: Setti
     assert chosen == replay(rows, loop_of(settings), random.Random(1))
 
 
-def test_labels_do_not_change_how_often_an_action_is_shown() -> None:
-    answer, escalate = (f'{{"action":"{name}"}}' for name in ("answer", "escalate"))
+@pytest.mark.parametrize(("labels", "emergencies"), [(0, 1.0), (60, 1.0), (300, 1.0), (60, 3.0)])
+def test_labels_do_not_make_emergencies_rarer(settings: Settings, labels: int, emergencies: float) -> None:
+    answer, escalate = (chat.to_json(chat.Decision(action=name)) for name in ("answer", "escalate"))
     old = [a_row(n, "decide", answer if n % 4 else escalate) for n in range(1000)]
-    for labels, wanted in ((0, 200), (60, 200), (300, 200)):  # the last are more than the share of a small replay
-        new = [a_row(n, "decide", answer) for n in range(5000, 5000 + labels)]
-        chosen = replay_decisions(old, new, wanted, random.Random(1))
-        counted = Counter(row.reply for row in [*chosen, *new])
-        assert counted[answer] == pytest.approx(3 * counted[escalate], abs=3)
-        assert sum(counted.values()) >= wanted
-    assert chosen == replay_decisions(old, new, wanted, random.Random(1))
+    new = [a_row(n, "decide", answer) for n in range(5000, 5000 + labels)]  # 300 are more than the share of a small replay
+    options = loop_of(settings).model_copy(update={"replay": {"decide": 200}, "emergencies": emergencies})
+    chosen = replay_decisions(old, new, options, random.Random(1))
+    counted = Counter(row.reply for row in [*chosen, *new])
+    assert emergencies * counted[answer] == pytest.approx(3 * counted[escalate], abs=4 * emergencies)
+    assert sum(counted.values()) >= 199
+    assert chosen == replay_decisions(old, new, options, random.Random(1))
 
 
 def test_a_label_becomes_a_question_and_replaces_the_old_one(
