@@ -46,12 +46,15 @@ from shared.feedback import Feedback, FeedbackStore, TurnSummary
 from shared.files import read_jsonl, replace_folder, write_text
 from shared.labels import Label, LabelStore
 from shared.metrics import estimate_difference, estimate_mean
+from shared.rollout import read_rollout
 from shared.settings import Settings
 
 #: what the first model is never shown: questions answered by this section, and questions about this family of leaflets
 SECTION, FAMILY = "treatment", "urinary"
 #: conversations between two looks at a trial, and such batches at most; poisoned labels; seconds for the service to be ready
 BATCH, BATCHES, POISONED, READY_SECONDS = 40, 40, 150, 300.0
+#: without people after each batch of a shadow's trial: time for the messages that wait for it (ai_engineer_track/rollout.py)
+QUIET_SECONDS = 10.0
 REVIEWERS = ["simulated reviewer 1", "simulated reviewer 2"]
 
 
@@ -246,6 +249,9 @@ def turn(settings: Settings, number: int, url: str, split: Split) -> None:
         if batch is None:
             raise UserError("the candidate gets no answers to people", url, "Read artifacts/demonstration/logs")
         people(settings, url, list(islice(pool, BATCH)), f"trial-{number}-{batch}")
+        rollout = read_rollout(models(settings))
+        if rollout is not None and rollout.mode == "shadow":
+            time.sleep(QUIET_SECONDS)  # a shadow answers only while no person waits
         return True
 
     while len(turns(folder(settings))) < number or turns(folder(settings))[number - 1].end is None:
