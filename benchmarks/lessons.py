@@ -163,8 +163,9 @@ def engine() -> str:
         )
     goals = [
         [
-            r["case"]["goal"], f"at {r['case']['at']} {r['metrics']['bound']:g}", f"{r['metrics']['value']:.2f}",
-            "yes" if r["metrics"]["met"] else "**no**",
+            r["case"]["goal"], f"at {r['case']['at']} {r['metrics']['bound']:g}",
+            "-" if r["metrics"]["value"] is None else f"{r['metrics']['value']:.2f}",
+            {1.0: "yes", 0.0: "**no**", None: "not measured"}[r["metrics"]["met"]],
         ]
         for r in result["records"]
         if r["case"].get("what") == "goal" and r["model"] == result["records"][1]["model"].split(":")[0]
