@@ -39,12 +39,14 @@ def serve(
     from ai_engineer_track.inference import Servers, need_port
     from ai_engineer_track.ingest import ingest as bring_up_to_date
     from ai_engineer_track.supervise import supervise
+    from shared.level_memory import keep_memory_level
 
     settings = _settings(preset)
     need_port(settings.api.host, settings.api.port)
     if not unsupervised:
         chosen = ["--preset", preset] if preset else []
         raise typer.Exit(supervise([sys.executable, "-m", "ai_engineer_track", "serve", "--unsupervised", *chosen]))
+    keep_memory_level()
     setup_logs(settings.artifacts / "logs" / "service.jsonl")
     with Servers(settings) as servers:
         bundled = None if settings.llm.base_url else servers  # somebody else's server is not ours to follow

@@ -297,7 +297,9 @@ def serve(
     from ml_engineer_track.serving.serve import end_with_parent
     from ml_engineer_track.serving.serve import serve as run_server
     from ml_engineer_track.serving.vllm import serve_with_vllm
+    from shared.level_memory import keep_memory_level
 
+    keep_memory_level()
     artifacts = load_settings("tiny").artifacts
     if with_parent:
         end_with_parent()

@@ -24,6 +24,7 @@ from ai_engineer_track.inference import inference_server, need_port
 from ai_engineer_track.ingest import ingest as bring_up_to_date
 from ai_engineer_track.settings import AiSettings
 from shared.cluster import need_ray
+from shared.level_memory import keep_memory_level
 from shared.replicas import plan, serve_replicas
 
 JOURNALS = "service"
@@ -49,6 +50,7 @@ def serve_ray(settings: AiSettings, replicas: int, most: int | None) -> None:
 
 async def open_replica(settings: AiSettings) -> tuple[ASGIApp, Callable[[], str]]:
     """The application; its assistant is opened when it starts, and a replica whose assistant is not gets no messages."""
+    keep_memory_level()
     app = create_app(settings)
     service: Service = app.state.service
     return app, lambda: "" if service.assistant is not None else service.broken

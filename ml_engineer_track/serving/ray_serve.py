@@ -22,6 +22,7 @@ from ml_engineer_track.serving.catalog import EngineName, Limits, entries
 from ml_engineer_track.serving.serve import listen, load_all
 from shared import handoff
 from shared.cluster import need_ray
+from shared.level_memory import keep_memory_level
 from shared.replicas import plan, serve_replicas
 
 JOURNALS = "inference"
@@ -49,6 +50,7 @@ async def open_replica(
     folder: Path, variants: Sequence[str], engine: EngineName, artifacts: Path, limits: Limits, host: str
 ) -> tuple[ASGIApp, Callable[[], str]]:
     """The API over engines that are loaded and repeat their golden replies. UserError when a file or a reply is another one."""
+    keep_memory_level()
     state = State()
     await load_all(state, entries(folder, variants, engine, artifacts), limits)
     return create_app(state, _loaded, host), lambda: state.not_ready
