@@ -12,7 +12,6 @@ import logging
 import re
 import sqlite3
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,8 @@ from shared.files import private, sha256_text
 log = logging.getLogger(__name__)
 KEPT = 2000
 BUSY_SECONDS = 5.0  # as long may another process be writing
+#: the order of uses is counted, not dated: an answer kept while the clock was ahead would stay for ever
+NEXT_USE = "(SELECT COALESCE(MAX(used), 0) + 1 FROM answers)"
 CACHEABLE = ("answer", "not_answered")
 TURNS_MEANING = re.compile(
     r"\d+|\b(no|not|never|without|can't|cannot|don't|isn't|avoid|stop|before|after|child|children|baby|babies|kid|kids|toddler|pregnant"
@@ -81,7 +82,7 @@ class AnswerCache:
             if row is None:
                 return None
             try:
-                self._db.execute("UPDATE answers SET used = ? WHERE key = ?", (time.time(), key))
+                self._db.execute(f"UPDATE answers SET used = {NEXT_USE} WHERE key = ?", (key,))
                 self._db.commit()
             except sqlite3.Error:
                 self._db.rollback()
@@ -95,8 +96,8 @@ class AnswerCache:
         kept = turn.model_copy(update={"trace": [], "cost": 0.0})
         with self._lock:
             try:
-                row = (key, self.version, means, stored.tobytes(), kept.model_dump_json(), time.time())
-                self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
+                row = (key, self.version, means, stored.tobytes(), kept.model_dump_json())
+                self._db.execute(f"INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, {NEXT_USE})", row)
                 oldest = "SELECT key FROM answers ORDER BY used DESC LIMIT -1 OFFSET ?"
                 gone = self._db.execute(f"DELETE FROM answers WHERE key IN ({oldest}) RETURNING key", (KEPT,)).fetchall()
                 self._db.commit()
