@@ -188,8 +188,13 @@ class Retriever:
 
 
 def published_ranker(settings: AiSettings) -> Ranker | None:
-    """The ranker of the current model; None when nothing is published, or nothing with a ranker."""
+    """The ranker of the model that is asked, else of the current one; None when nothing is published, or without a ranker.
+
+    A replica that starts while another version becomes current must not search with the new ranker for the old model.
+    """
     models = settings.artifacts / "models"
+    if settings.llm.published and (models / settings.llm.published).is_dir():
+        return ranker_of(models / settings.llm.published)
     return ranker_of(handoff.current(models)) if (models / "current").exists() else None
 
 

@@ -98,7 +98,7 @@ class Side:
 
 def run(sides: Sequence[str], replicas: int, out: Path | None) -> tuple[Result, Path]:
     """Kill one replica of each side, then replace a version, and write what happened. UserError when a side does not start."""
-    need_ray("benchmarks replicas")
+    need_ray("benchmarks replicas", "serve")
     if unknown := [name for name in sides if name not in SIDES]:
         raise UserError(f"unknown side {unknown[0]!r}", "--side", f"Use: {', '.join(SIDES)}")
     started, environment = time.perf_counter(), results.environment()

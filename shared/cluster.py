@@ -5,6 +5,7 @@ It is an extra (`[ray]`), so nothing imports it before somebody asked for it. No
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 
@@ -14,10 +15,16 @@ from shared.settings import ROOT
 INSTALL = "pip install -c torch.txt -c constraints.txt -e '.[ray]'"
 
 
-def need_ray(asked: str) -> None:
-    """UserError naming what `asked` for it, when Ray is not installed."""
+def need_ray(asked: str, part: str = "") -> None:
+    """UserError naming what `asked` for it, when Ray is not installed, or not with this part (`serve`, `data`, `train`)."""
     if importlib.util.find_spec("ray") is None:
         raise UserError("Ray is not installed", asked, INSTALL)
+    if part:
+        try:
+            importlib.import_module(f"ray.{part}")
+        except ImportError as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"Ray is installed without what ray.{part} needs ({first})", asked, INSTALL) from None
 
 
 def start_ray(places: int, object_store: int) -> None:

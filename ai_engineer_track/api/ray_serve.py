@@ -32,7 +32,7 @@ JOURNALS = "service"
 
 def serve_ray(settings: AiSettings, replicas: int, most: int | None) -> None:
     """Serve until a signal comes. UserError when Ray is missing, the port is taken, or there is no model to ask."""
-    need_ray("serve-ray")
+    need_ray("serve-ray", "serve")
     api = settings.api
     wanted = plan(api.host, api.port, replicas, most, api.concurrency, replicas * api.concurrency)
     need_port(api.host, api.port)

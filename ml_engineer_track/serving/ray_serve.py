@@ -33,7 +33,7 @@ def serve_ray(
     artifacts: Path, limits: Limits,
 ) -> None:  # fmt: skip
     """Serve until a signal comes. UserError when Ray is missing, the port is taken, or there is nothing to serve."""
-    need_ray("serve-ray")
+    need_ray("serve-ray", "serve")
     # Those who wait do so in front of the replicas: what waits inside of one is lost with it.
     wanted = plan(host, port, replicas, most, limits.max_running, limits.max_waiting, torch.cuda.device_count())
     entries(model, variants, engine, artifacts)  # a user's mistakes are told before anything is started

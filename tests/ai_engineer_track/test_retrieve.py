@@ -154,9 +154,9 @@ def test_an_enormous_message_is_bounded(retriever: Retriever) -> None:
 # --- the ranker in the handoff ---------------------------------------------------------------------------------------
 
 
-def a_published(models: Path, ranker: Ranker | None) -> Path:
-    """A version as the handoff lays it out, as far as the retriever looks."""
-    folder = models / "m-1"
+def a_published(models: Path, ranker: Ranker | None, version: str = "m-1") -> Path:
+    """A current version as the handoff lays it out, as far as the retriever looks."""
+    folder = models / version
     assets = {}
     folder.mkdir(parents=True)
     if ranker:
@@ -165,13 +165,13 @@ def a_published(models: Path, ranker: Ranker | None) -> Path:
         path.write_text(ranker.model_dump_json(), encoding="utf-8")
         assets = {f"assets/{ASSET}": {"sha256": sha256_file(path), "size": path.stat().st_size}}
     manifest = {
-        "model_id": "x", "version": "m-1", "created": "", "commit": None, "base_model": {"id": "b", "licence": "l"},
+        "model_id": "x", "version": version, "created": "", "commit": None, "base_model": {"id": "b", "licence": "l"},
         "data": {"version": "d", "counts": {}}, "training": {}, "seed": 1, "prompt_version": 1, "chat_template_sha256": "",
         "tokenizer_sha256": "", "context_window": 8, "stop_tokens": [], "stop_token_ids": [], "use": {}, "hardware": {},
         "variants": {}, "assets": assets,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    (models / "current").write_text("m-1\n", encoding="utf-8")
+    (models / "current").write_text(f"{version}\n", encoding="utf-8")
     return folder
 
 
@@ -192,6 +192,16 @@ def test_the_published_ranker_is_used_and_without_one_fused_is(settings: AiSetti
     with pytest.raises(UserError, match="carries no ranker"):
         plain.search("ankle", 2, "reranked")
     index.close()
+
+
+def test_the_ranker_is_that_of_the_model_that_is_asked(settings: AiSettings, tmp_path: Path) -> None:
+    a_published(tmp_path / "models", a_ranker(trained_on="old"), "m-1")
+    a_published(tmp_path / "models", a_ranker(trained_on="new"), "m-2")
+    for asked, expected in (("m-1", "old"), ("m-2", "new"), (None, "new"), ("gone", "new")):
+        llm = settings.llm.model_copy(update={"published": asked})
+        found = published_ranker(settings.model_copy(update={"artifacts": tmp_path, "llm": llm}))
+        assert found is not None
+        assert found.trained_on == expected
 
 
 def test_a_damaged_or_foreign_ranker_is_refused(settings: AiSettings, tmp_path: Path) -> None:

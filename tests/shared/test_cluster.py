@@ -31,6 +31,14 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPat
         need_ray("serve-ray")
 
 
+def test_a_ray_without_its_serving_part_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(__path__=[], __spec__=None))
+    with pytest.raises(UserError, match=r"without what ray\.serve needs \(.*\) in serve-ray\. pip install") as caught:
+        need_ray("serve-ray", "serve")
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("address", "says"),
     [
