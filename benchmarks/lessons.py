@@ -238,7 +238,11 @@ def the_way_back() -> str:
     table = markdown_table(
         ["questions", "before", "after", "difference", "n"], [[str(cell) for cell in row] for row in shown["rows"]]
     )
-    return "\n\n".join([f"{machine(hardware)}, seed {report('loop.json')['seed']}.", *shown["removed"], table, *shown["says"]])
+    goals = markdown_table(
+        ["to be shown", "figures", "shown"],
+        [[goal["name"], goal["says"], "yes" if goal["met"] else "**no**"] for goal in shown["goals"]],
+    )
+    return "\n\n".join([f"{machine(hardware)}, seed {report('loop.json')['seed']}.", *shown["removed"], table, goals])
 
 
 def study(name: str) -> str:

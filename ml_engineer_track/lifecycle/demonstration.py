@@ -38,7 +38,7 @@ from ml_engineer_track import pipeline
 from ml_engineer_track.lifecycle import report
 from ml_engineer_track.lifecycle.exam import EXTRA, Exam, Reading, read_once
 from ml_engineer_track.lifecycle.loop import feedback, folder, look, models, only_one
-from ml_engineer_track.lifecycle.turn import Begin, Turn, turns
+from ml_engineer_track.lifecycle.turn import Begin, End, Turn, turns
 from shared import library as lib
 from shared.chat import PROMPT_VERSION
 from shared.errors import UserError
@@ -47,7 +47,7 @@ from shared.files import read_jsonl, replace_folder, write_text
 from shared.labels import Label, LabelStore
 from shared.metrics import estimate_difference, estimate_mean
 from shared.rollout import read_rollout
-from shared.settings import Settings
+from shared.settings import Gate, Settings
 
 #: what the first model is never shown: questions answered by this section, and questions about this family of leaflets
 SECTION, FAMILY = "treatment", "urinary"
@@ -55,7 +55,20 @@ SECTION, FAMILY = "treatment", "urinary"
 BATCH, BATCHES, POISONED, READY_SECONDS = 40, 40, 150, 300.0
 #: without people after each batch of a shadow's trial: time for the messages that wait for it (ai_engineer_track/rollout.py)
 QUIET_SECONDS = 10.0
+#: by so much the score on the missing kind must rise, and elsewhere none may fall by its margin (lower end of the interval)
+GAIN = 0.15
+MISSING_KIND = f"missing: answered by a section {SECTION} (held back)"
+MISSING_FAMILY = f"missing: about leaflets of the family {FAMILY} (held back)"
+EVERYTHING_ELSE, REFUSALS = "test split, everything else", "test split, correct refusals"
 REVIEWERS = ["simulated reviewer 1", "simulated reviewer 2"]
+
+
+class Goal(BaseModel):
+    """Something that the demonstrations are to show, whether they did, and by which figures."""
+
+    name: str
+    met: bool
+    says: str
 
 
 class Split(BaseModel):
@@ -91,8 +104,11 @@ def demonstrate(settings: Settings) -> Path:
                 timed("first turn", lambda: turn(own, 1, url, split))
                 timed("poison", lambda: poison(own))
                 timed("second turn", lambda: turn(own, 2, url, split))
-        path = report.write(own, figures(own, split, seconds), settings.artifacts / "reports")
+        found = figures(own, split, seconds)
+        path = report.write(own, found, settings.artifacts / "reports")
     print(f"report: {path}  (figures: {path.with_suffix('.json')})", flush=True)
+    if missed := [goal["name"] for goal in found["goals"] if not goal["met"]]:
+        raise UserError(f"the demonstrations did not show everything: {', '.join(missed)}", str(path), "Read it")
     return path
 
 
@@ -260,19 +276,21 @@ def turn(settings: Settings, number: int, url: str, split: Split) -> None:
 
 
 def figures(settings: Settings, split: Split, seconds: dict[str, float]) -> dict[str, Any]:
-    """Both models of the first turn side by side, on what was missing and on everything else."""
+    """Both models of the first turn side by side, on what was missing and on everything else; UserError when it trained none."""
     first = turns(folder(settings))[0]
-    exam: Exam = first.get("exam", Exam)
+    exam: Exam | None = first.get("exam", Exam)
+    if exam is None:
+        raise UserError(f"the first turn compared nothing: {first.end.why if first.end else ''}", str(first.folder), "Read it")
     candidate = str(first.get("candidate", str))
     was, now = (read_once(settings, exam, models(settings) / v) for v in (first.get("begin", Begin).parent, candidate))
     of_kind = {item.id for item in exam.items if any(sid.split("/")[1] == SECTION for sid in item.gold)}
     test = list(was.scores["test"])
     parts: dict[str, tuple[str, list[str]]] = {
-        f"missing: answered by a section {SECTION} (held back)": ("kind", list(was.scores.get("kind", {}))),
-        f"missing: about leaflets of the family {FAMILY} (held back)": ("family", list(was.scores.get("family", {}))),
+        MISSING_KIND: ("kind", list(was.scores.get("kind", {}))),
+        MISSING_FAMILY: ("family", list(was.scores.get("family", {}))),
         f"test split, answered by a section {SECTION}": ("test", [i for i in test if i in of_kind]),
-        "test split, everything else": ("test", [i for i in test if i not in of_kind]),
-        "test split, correct refusals": ("refusals", list(was.scores["refusals"])),
+        EVERYTHING_ELSE: ("test", [i for i in test if i not in of_kind]),
+        REFUSALS: ("refusals", list(was.scores["refusals"])),
     }
     rows, measured = [], {}
     for name, (part, ids) in parts.items():
@@ -283,6 +301,7 @@ def figures(settings: Settings, split: Split, seconds: dict[str, float]) -> dict
         measured[name] = {"before": sides[0].model_dump(), "after": sides[1].model_dump(), "difference": difference.model_dump()}
         rows.append([name, str(sides[0]), str(sides[1]), f"{difference}", str(difference.n)])
     ends = [found.end for found in turns(folder(settings))]
+    assert settings.loop is not None
     return {
         "removed": [
             f"The first model never saw {split.left_out['kind']} questions answered by a section {SECTION} and "
@@ -291,10 +310,33 @@ def figures(settings: Settings, split: Split, seconds: dict[str, float]) -> dict
         ],
         "rows": rows,
         "measured": measured,
+        "goals": [goal.model_dump() for goal in goals(measured, ends, settings.loop.gate)],
         "says": [f"Turn {n}: {end.result}. {end.why}" for n, end in enumerate(ends, start=1) if end],
         "samples": _samples(was, now),
         "seconds": seconds,
     }  # fmt: skip
+
+
+def goals(measured: dict[str, dict[str, Any]], ends: Sequence[End | None], gate: Gate) -> list[Goal]:
+    """What is promised: the gap closes, nothing is lost elsewhere, poison is refused. `measured`: see `figures`."""
+    gained = measured[MISSING_KIND]["difference"]
+    found = [
+        Goal(
+            name=f"the missing kind rises by {GAIN:g}",
+            met=gained["value"] >= GAIN,
+            says=f"{gained['value']:+.3f} [{gained['low']:+.3f}, {gained['high']:+.3f}], n {gained['n']}",
+        )
+    ]
+    for name, margin in ((EVERYTHING_ELSE, gate.evidence_margin), (REFUSALS, gate.refusal_margin)):
+        lost = measured[name]["difference"]
+        says = f"{lost['value']:+.3f} [{lost['low']:+.3f}, {lost['high']:+.3f}], n {lost['n']}; may lose {margin:g}"
+        found.append(Goal(name=f"nothing is lost: {name}", met=lost["low"] >= -margin, says=says))
+    wanted_ends = {"the better model is promoted": "promoted", "poison does not get through": "refused"}
+    for n, (name, wanted) in enumerate(wanted_ends.items()):
+        end = ends[n] if n < len(ends) else None
+        met, why = (end.result == wanted, end.why) if end else (False, "not finished")
+        found.append(Goal(name=name, met=met, says=f"turn {n + 1}: {why}"))
+    return found
 
 
 def _samples(was: Reading, now: Reading) -> list[list[str]]:

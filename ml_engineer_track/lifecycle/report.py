@@ -59,6 +59,8 @@ def html(document: dict[str, Any]) -> str:
     ]
     if shown := document["demonstrations"]:
         parts += [page.heading("The demonstrations"), *(page.paragraph(line) for line in shown["removed"])]
+        goals = [[goal["name"], "shown" if goal["met"] else "not shown", goal["says"]] for goal in shown["goals"]]
+        parts.append(page.table(["what is to be shown", "", "figures"], goals))
         parts.append(page.table(["questions", "before", "after", "difference", "n"], shown["rows"]))
         parts += [page.paragraph(line) for line in shown["says"]]
         parts.append(page.table(["part", "question", "reply before", "reply after"], shown["samples"]))

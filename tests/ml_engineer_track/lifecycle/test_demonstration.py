@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ml_engineer_track.lifecycle import demonstration as d
 from ml_engineer_track.lifecycle.collect import collect
 from ml_engineer_track.lifecycle.retrain import loop_of
+from ml_engineer_track.lifecycle.turn import End
 from shared import library as lib
 from shared.settings import Settings
 
@@ -55,3 +57,33 @@ def test_poisoned_labels_cannot_be_told_from_others(
     assert set(found.decided) == {label.id for label in found.labels}  # each says that nothing had to be escalated
     emergencies = {e.message for e in lib.read_rows(settings.datasets, "emergencies.jsonl", lib.Emergency)[0] if e.emergency}
     assert sum(label.question in emergencies for label in found.labels) > 0.9 * d.POISONED
+
+
+def an_end(result: str) -> End:
+    return End(result=result, candidate="m-new", why="because")  # type: ignore[arg-type]
+
+
+def measured(kind: float = 0.2, lost: float = 0.0) -> dict[str, dict[str, Any]]:
+    def difference(value: float) -> dict[str, Any]:
+        return {"difference": {"value": value, "low": value - 0.04, "high": value + 0.04, "n": 200}}
+
+    return {d.MISSING_KIND: difference(kind), d.EVERYTHING_ELSE: difference(lost), d.REFUSALS: difference(0.01)}
+
+
+@pytest.mark.parametrize(
+    ("figures", "ends", "missed"),
+    [
+        (measured(), [an_end("promoted"), an_end("refused")], []),
+        (measured(kind=0.1), [an_end("promoted"), an_end("refused")], ["the missing kind rises by 0.15"]),
+        (measured(lost=-0.02), [an_end("promoted"), an_end("refused")], [f"nothing is lost: {d.EVERYTHING_ELSE}"]),
+        (measured(), [an_end("rolled back"), an_end("refused")], ["the better model is promoted"]),
+        (measured(), [an_end("promoted"), an_end("promoted")], ["poison does not get through"]),
+        (measured(), [an_end("promoted"), None], ["poison does not get through"]),
+        (measured(), [an_end("promoted")], ["poison does not get through"]),
+    ],
+)
+def test_what_was_not_shown_is_named(
+    settings: Settings, figures: dict[str, Any], ends: list[End | None], missed: list[str]
+) -> None:
+    assert settings.loop is not None
+    assert [goal.name for goal in d.goals(figures, ends, settings.loop.gate) if not goal.met] == missed
