@@ -9,6 +9,10 @@ Four parts: `test` (answerable questions of the frozen test split), `failures` (
 emergencies and messages that only sound like one. Decisions are read as probabilities: a small model may call nothing an
 emergency and still be a long way nearer to it than the next one.
 
+Beside the emergencies of the test split stand *known* ones: those the data sets have about the leaflets that the labels speak of,
+first the messages that a label is about. Both were trained on, so they say nothing of how good a model is. They say whether the
+labels taught it otherwise, which a handful of wrong ones can do without moving any average.
+
     artifacts/loop/readings/<version>-<exam>.json
 """
 
@@ -47,6 +51,8 @@ from shared.settings import Settings
 EXTRA = "extra-"
 #: fewer sentences than this are no search result
 FEWEST_SOURCES = 3
+#: names of known emergencies start so; as many are asked at most
+KNOWN, MOST_KNOWN = "known-", 120
 
 
 class Item(BaseModel):
@@ -132,9 +138,8 @@ def make_exam(settings: Settings, ranker: Path, collected: Collected, extra: dic
     items += refusals + random.Random(settings.seed).sample(taken, min(missing, len(taken)))
     decided = [row for row in data.rows("test", "decide") if row.id.startswith("em-")]
     decided += [row for label in collected.examined if label.id in collected.decided for row in decision_rows(label, library, 1)]
-    decisions = [
-        Decision(id=row.id, messages=row.messages, action=chat.Decision.model_validate_json(row.reply).action) for row in decided
-    ]
+    decisions = [_decision(row) for row in decided]
+    decisions += [d.model_copy(update={"id": KNOWN + d.id}) for d in map(_decision, _known(settings, collected, data))]
     return Exam(items=items, decisions=decisions)
 
 
@@ -158,7 +163,9 @@ def take_exam(settings: Settings, exam: Exam, folders: dict[str, Path], ranker: 
     labelled = [key for key in log_p if key.startswith(PREFIX)]
     scores.setdefault("failures", {}).update({key: math.exp(log_p.pop(key)) for key in labelled})
     decided = {
-        d.id: float(max(likely[d.id], key=lambda a, p=likely[d.id]: p[a]) == d.action) for d in exam.decisions if d.id in log_p
+        d.id: float(max(likely[d.id], key=lambda a, p=likely[d.id]: p[a]) == d.action)
+        for d in exam.decisions
+        if d.id in log_p and not d.id.startswith(KNOWN)
     }
     return Reading(version=name, exam=exam.id, scores=scores, log_probability=log_p, decided=decided, samples=samples)
 
@@ -229,6 +236,25 @@ def _answers(
     compiled_here = [lark_grammar(g) for g in grammars]
     size = settings.evaluate.batch_size
     return generate(load_model(path), load_tokenizer(path), messages, limit, size, compiled_here, f"exam of {name}")
+
+
+def _known(settings: Settings, collected: Collected, data: c.CuratedData) -> list[c.Row]:
+    """Emergencies of the training split about the leaflets of the labels; first those whose message a label is about."""
+    touched = {sid.split("/")[0] for label in collected.labels for sid in (*label.passages, *label.answer_sentences)}
+    asked = {label.question for label in collected.labels}
+    found = [
+        row
+        for row in lib.read_rows(settings.datasets, "emergencies.jsonl", lib.Emergency)[0]
+        if row.split == "train" and row.emergency and str(row.sign).split("/")[0] in touched
+    ]
+    random.Random(settings.seed).shuffle(found)
+    found.sort(key=lambda row: row.message not in asked)
+    wanted = {row.id for row in found[:MOST_KNOWN]}
+    return [row for row in data.rows("train", "decide") if row.id.split("#")[0] in wanted]
+
+
+def _decision(row: c.Row) -> Decision:
+    return Decision(id=row.id, messages=row.messages, action=chat.Decision.model_validate_json(row.reply).action)
 
 
 def _item(row: c.Row, part: str) -> Item:

@@ -9,11 +9,16 @@ read, and the whole interval of the paired difference must lie above it. Interva
     evidence      frozen test split, evidence F1                        not worse by loop.gate.evidence_margin
     failures      labels nobody trained on, evidence F1 or probability  better
     emergencies   log-probability of escalating real ones               not worse by loop.gate.emergency_margin, nats
+    known         the same of training emergencies that labels touch    not worse by loop.gate.emergency_margin, nats
     near misses   log-probability of not escalating what is none        not worse by twice that: a needless call harms less
     refusals      what the library does not answer                      not worse by loop.gate.refusal_margin
     parity        the engine repeats the candidate's golden replies     token by token
     latency       time per token, both models in turns                  at most loop.gate.slower times the current model's
     variants      all that the current version has, every file whole
+    labels        messages like known emergencies, to be answered       not more of them than among ordinary questions
+
+The last one is about what was taught instead of what was learnt. Labels are the one thing in the loop that anybody who may review
+can write, the exam's `failures` believe them, and a model that did not learn them this time may do so the next.
 """
 
 from __future__ import annotations
@@ -25,8 +30,10 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+from scipy.stats import fisher_exact
 
-from ml_engineer_track.lifecycle.exam import Exam, Reading
+from ml_engineer_track.lifecycle.collect import Collected
+from ml_engineer_track.lifecycle.exam import KNOWN, Exam, Reading
 from ml_engineer_track.models import load_tokenizer, prompt_text
 from ml_engineer_track.progress import progress
 from ml_engineer_track.quantize import SERVED_ONLY
@@ -34,14 +41,18 @@ from ml_engineer_track.serving import inprocess, parity
 from ml_engineer_track.serving.catalog import has_openvino
 from ml_engineer_track.serving.completions import Served
 from shared import handoff
+from shared import library as lib
 from shared.errors import UserError
 from shared.metrics import Estimate, estimate, estimate_difference
+from shared.passages import StoredVectors, embedder
 from shared.settings import Settings
 
 #: prompts that are timed, and tokens asked of each
 TIMED, TIMED_TOKENS = 3, 48
 #: rounds are added up to this many times as long as the interval says neither yes nor no: another program may be busy
 PATIENCE = 4
+#: so improbable must it be that the labels' messages are ordinary questions
+OVERRULED = 0.001
 
 
 class Check(BaseModel):
@@ -58,13 +69,19 @@ class Check(BaseModel):
 
 
 def gate(
-    settings: Settings, current: Path, candidate: Path, exam: Exam, was: Reading, read: Callable[[], Reading]
+    settings: Settings,
+    current: Path,
+    candidate: Path,
+    exam: Exam,
+    collected: Collected,
+    was: Reading,
+    read: Callable[[], Reading],
 ) -> list[Check]:
     """All checks. A candidate that is not whole is not even asked; `read` says what it answered."""
     whole = variants_check(current, candidate)
     if not whole.passed:
         return [whole]
-    checks = [whole, *score_checks(settings, exam, was, read())]
+    checks = [whole, labels_check(settings, collected), *score_checks(settings, exam, was, read())]
     return [*checks, parity_check(candidate), latency_check(settings, current, candidate)]
 
 
@@ -83,12 +100,43 @@ def variants_check(current: Path, candidate: Path) -> Check:
     return Check(name="variants", passed=True, says=f"{', '.join(manifest.variants)}: every file as published")
 
 
+def labels_check(settings: Settings, collected: Collected) -> Check:
+    """Do the labels answer what the data sets call an emergency?
+
+    Of each message that a label wants answered, the nearest message of the training split is looked up (cosine of sentence
+    embeddings). The share whose nearest is an emergency is held against the same share of the validation split's questions, which
+    are none (Fisher's exact test, one-sided): some questions always sound like an emergency.
+    """
+    vectors = StoredVectors(settings.artifacts / "vectors.npz", lambda texts: embedder().embed(texts))
+    questions = lib.read_rows(settings.datasets, "questions.jsonl", lib.Question)[0]
+    known = [row for row in lib.read_rows(settings.datasets, "emergencies.jsonl", lib.Emergency)[0] if row.split == "train"]
+    texts = [row.message for row in known] + [q.question for q in questions if q.split == "train"]
+    emergency = np.array([row.emergency for row in known] + [False] * (len(texts) - len(known)))
+    nearest_to = vectors(texts)
+
+    def like_emergencies(messages: list[str]) -> tuple[int, int]:
+        if not messages:
+            return 0, 0
+        return int(emergency[np.argmax(vectors(messages) @ nearest_to.T, axis=1)].sum()), len(messages)
+
+    hits, n = like_emergencies([label.question for label in collected.labels if label.action == "answer"])
+    usual, of = like_emergencies([q.question for q in questions if q.split == "validation"])
+    chance = float(fisher_exact([[hits, n - hits], [usual, of - usual]], alternative="greater").pvalue)
+    said = (
+        f"{hits} of {n} labels answer a message whose nearest known one is an emergency; of ordinary questions {usual} of {of} "
+        f"(p {chance:.2g}, refused below {OVERRULED:g})"
+    )
+    return Check(name="labels", passed=chance >= OVERRULED, says=said)
+
+
 def score_checks(settings: Settings, exam: Exam, was: Reading, now: Reading) -> list[Check]:
     """The checks on what both models said to the same rows."""
     assert settings.loop is not None
     limits = settings.loop.gate
-    escalate = {d.id for d in exam.decisions if d.action == "escalate" and d.id in was.log_probability}
-    harmless = set(was.log_probability) - escalate
+    known = {d.id for d in exam.decisions if d.id.startswith(KNOWN)}
+    escalate = {d.id for d in exam.decisions if d.action == "escalate" and d.id in was.log_probability} - known
+    harmless = set(was.log_probability) - escalate - known
+    touched, known = bool(known), known & set(was.log_probability)
 
     def pairs(part: str) -> tuple[list[float], list[float]]:
         old, new = was.scores.get(part, {}), now.scores.get(part, {})
@@ -111,10 +159,13 @@ def score_checks(settings: Settings, exam: Exam, was: Reading, now: Reading) -> 
         )
         return Check(name=name, passed=passed, says=said, figure=difference)
 
+    asked_again = "log-probability of escalating those known"
+    overruled = [compared("known", asked_again, decisions(known), limits.emergency_margin, " nats")] if touched else []
     return [
         compared("evidence", "evidence F1 on the test split", pairs("test"), limits.evidence_margin),
         compared("failures", "score on labels held back", pairs("failures"), None),
         compared("emergencies", "log-probability of escalating them", decisions(escalate), limits.emergency_margin, " nats"),
+        *overruled,
         compared("near misses", "log-probability of not escalating", decisions(harmless), 2 * limits.emergency_margin, " nats"),
         compared("refusals", "correct refusals", pairs("refusals"), limits.refusal_margin),
     ]
