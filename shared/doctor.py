@@ -58,7 +58,7 @@ def system() -> Finding:
     """Files are locked with fcntl, which Windows does not have."""
     said = f"{platform.system()} {platform.machine()}"
     if platform.system() == "Windows":
-        return Finding("system", "missing", f"{said}: Windows itself does not do; use WSL 2, and clone the repository in there", True)
+        return Finding("system", "missing", f"{said}: not supported; use WSL 2, and clone the repository in there", True)
     return Finding("system", "ok", said)
 
 
