@@ -13,23 +13,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.studies import not_measured
 from shared.metrics import Estimate
 from shared.settings import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = RESULTS / "demo"
-#: reports that are kept beside those of `make demo` when somebody measured them, and the command that does
-STUDIES = {
-    "low_bits.json": "make quantize BITS=2",
-    "distill.json": "make distill",
-    "tune.json": "make tune",
-    "loop.json": "make loop",
-    "security.json": "make attack",
-    "faults.json": "make faults",
-    "load.json": "make load",
-    "soak.json": "make soak",
-    "drift.json": "python -m ml_engineer_track drift-study",
-}
 
 
 def blocks() -> dict[str, str]:
@@ -259,10 +248,6 @@ def report(name: str) -> dict[str, Any]:
 
 def optional(name: str) -> dict[str, Any] | None:
     return report(name) if (DEMO / name).exists() else None
-
-
-def not_measured(name: str) -> str:
-    return f"Not measured yet: `{STUDIES[name]}`, then `python -m benchmarks readme --take {name}`."
 
 
 def estimate(found: dict[str, Any]) -> Estimate:

@@ -5,7 +5,7 @@ Why: a table copied by hand is right on the day it is copied. What comes from a 
 
     make demo 2>&1 | tee demo.log
     python -m benchmarks readme --log demo.log            # takes the run's reports and transcript over, and fills the pages
-    python -m benchmarks readme --take low_bits.json      # takes the report of a study over (low_bits, distill, tune, loop)
+    python -m benchmarks readme --take low_bits.json      # takes the report of a study over; studies.py lists them all
     python -m benchmarks readme                           # fills the pages from what is committed
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 
 from ai_engineer_track import report as ai_report
 from benchmarks import lessons, replicas, resilience, scaling
-from benchmarks.lessons import STUDIES, markdown_table
+from benchmarks.lessons import markdown_table
+from benchmarks.studies import STUDIES
 from ml_engineer_track import report as ml_report
 from shared.errors import UserError
 from shared.files import write_text

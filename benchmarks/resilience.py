@@ -13,7 +13,8 @@ from typing import Any
 
 from ai_engineer_track.attack import outcome, target
 from benchmarks import faults, lessons, steady
-from benchmarks.lessons import STUDIES, machine, markdown_table
+from benchmarks.lessons import machine, markdown_table
+from benchmarks.studies import not_measured
 from shared.metrics import Estimate
 
 
@@ -103,7 +104,7 @@ def drift(found: dict[str, Any]) -> str:
 def _of(report: str, text: Callable[[dict[str, Any]], str]) -> str:
     path = lessons.DEMO / report
     if not path.exists():
-        return f"Not measured yet: `{STUDIES[report]}`."
+        return not_measured(report)
     return text(json.loads(path.read_text(encoding="utf-8")))
 
 
