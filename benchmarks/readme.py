@@ -36,6 +36,7 @@ PAGES = {
     "docs/resilience.md": ("attacks", "faults", "load", "soak", "drift"),
     "README.md": ("transcript", "results"),
     "WORKSHOP.md": ("workshop times",),
+    "benchmarks/results/README.md": ("engine goals",),
     "docs/results.md": ("ml results", "ai results"),
     "docs/lessons.md": (
         "lesson four bits",
@@ -92,6 +93,7 @@ def blocks() -> dict[str, str]:
         "ai results": ai_report.markdown(ai),
         "workshop times": workshop_times(),
         **lessons.blocks(),
+        "engine goals": lessons.engine_goals(),
         **resilience.blocks(),
         **scaling.page_texts(),
         "replicas": replicas.page_text(),

@@ -33,7 +33,7 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",  # after the pages that measure something: `make report` shows what they left
 ]
 #: pages whose links and file names must lead somewhere
-LINKED = [*PAGES, ROOT / "WORKSHOP.md"]
+LINKED = [*PAGES, ROOT / "WORKSHOP.md", ROOT / "benchmarks" / "results" / "README.md"]
 #: pages that name files by way of explanation; the READMEs of the tracks do so, too
 NAMED = [ROOT / "README.md", ROOT / "WORKSHOP.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: files that only a run makes
