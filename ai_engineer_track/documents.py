@@ -115,7 +115,7 @@ def _read(path: Path, source: str, slug: str) -> list[Passage]:
 
 def _is_leaflet(text: str) -> bool:
     front = re.match(r"\A---\n(.*?)\n---\n", text, flags=re.DOTALL)
-    return bool(front) and all(re.search(rf"^{key}:", front[1], flags=re.MULTILINE) for key in ("look_alikes", "synonyms"))
+    return front is not None and all(re.search(rf"^{key}:", front[1], flags=re.MULTILINE) for key in ("look_alikes", "synonyms"))
 
 
 def _markdown(path: Path) -> tuple[str, list[Block]]:

@@ -23,9 +23,11 @@ class Index(Protocol):
     """The part of `ingest.Index` the agent's decisions need."""
 
     version: str
-    passages: Mapping[str, Passage]
     #: (units, d): for every passage in order, first the whole of it, then its sentences
     vectors: Any
+
+    @property
+    def passages(self) -> Mapping[str, Passage]: ...
 
     def embed(self, texts: Sequence[str]) -> Any: ...
 

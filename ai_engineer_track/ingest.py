@@ -27,6 +27,7 @@ from typing import Any
 
 import chromadb
 import numpy as np
+from chromadb.config import Settings as ChromaSettings
 from chromadb.errors import ChromaError
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from tqdm import tqdm
@@ -322,5 +323,5 @@ def _filter_errors(where: dict[str, Any] | None) -> Iterator[None]:
 
 
 def _client(folder: Path) -> Any:
-    options = chromadb.Settings(anonymized_telemetry=False)
+    options = ChromaSettings(anonymized_telemetry=False)
     return chromadb.PersistentClient(path=str(folder / "chroma"), settings=options)

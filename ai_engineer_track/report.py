@@ -1,7 +1,7 @@
 """The report of the AI track: `artifacts/reports/ai.json` for programs, `ai.html` for people, one table in the terminal.
 
 Why an AI engineer opens it with the judge's own marks: every figure that a model gave about a model is worth as much as its
-agreement with people, so that agreement comes first. Whether a goal was reached is computed from the figures.
+agreement with the data set's labels, so that agreement comes first. Whether a goal was reached is computed from the figures.
 
     python -m ai_engineer_track run      (make ai; its last step)
 """
@@ -142,7 +142,7 @@ def markdown(facts: dict[str, Any]) -> str:
         f"Final leaflet right after 0, 1, 2, ... questions to a simulated person ({after[0].n} vague openings): "
         f"{', '.join(f'{e.value:.2f}' for e in after)}; with one generic question {clarify['generic_question']['value']:.2f}.",
         "",
-        "How far the judge agrees with people's labels (kappa; 0 is chance): "
+        "How far the judge agrees with the data set's labels (kappa; 0 is chance): "
         + ", ".join(f"{name} {Estimate.model_validate(e)}" for name, e in facts["judge"]["kappa"].items())
         + ".",
     ]

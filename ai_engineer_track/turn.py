@@ -79,7 +79,7 @@ class Turn(_Strict):
     `nearest` the leaflets to read instead when nothing answers. `quotes_verified` is the deterministic check that
     every quoted sentence stands verbatim in the library (None: nothing was quoted); `verdict` is the judge's opinion.
     `warning` stands above the text: what would make this an emergency. `sign` is the sentence it, or an escalation, names.
-    `trusted` are the rubrics in which the judge agreed with people well enough for `verdict` to count. `confidence` (0 to 1)
+    `trusted` are the rubrics in which the judge agreed with the labels well enough for `verdict` to count. `confidence` (0 to 1)
     is how sure retrieval was that the library answers (None: it was not asked). `model_version` is
     `<published version>:<variant>` of what answered, or the name a provider gives its model; `arm` says whether that was the
     current one or a candidate on trial.

@@ -91,12 +91,13 @@ def fit(
 ) -> None:
     """Will it fit? Predicted memory of training and serving, by component, for a list of GPUs."""
     from benchmarks import fit as f
+    from ml_engineer_track.accounting import Plan
 
     for name, value, known in (("--method", method, f.METHODS), ("--dtype", dtype, ("bfloat16", "float16", "float32"))):
         if value not in known:
             raise UserError(f"unknown value {value!r}", name, f"Use one of: {', '.join(known)}")
     chosen = next(m for m in f.METHODS if m == method)
-    found = f.fit(f.Plan(f.local_config(model), chosen, context, batch, reply_tokens, rank, dtype), check)
+    found = f.fit(Plan(f.local_config(model), chosen, context, batch, reply_tokens, rank, dtype), check)
     f.print_fit(found)
     print(json.dumps(found))
 

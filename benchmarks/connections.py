@@ -25,8 +25,10 @@ REPLIES, REPLY_TOKENS = 3, 32
 OTHER_FILES = 200
 
 
-def rush(target: Target, process: psutil.Process, asks: Sequence[Ask], memory_budget: float, slo: dict[str, float]) -> Record:
-    """As many connections as `asks`, opened together, each for one chat. `memory_budget` in bytes."""
+def rush(
+    target: Target, process: psutil.Process, asks: Sequence[Ask], memory_budget: float | None, slo: dict[str, float]
+) -> Record:
+    """As many connections as `asks`, opened together, each for one chat. `memory_budget` in bytes, null where none is known."""
     questions = ["What helps with a headache?", "What is a fever?", "When should I see a doctor?"][:REPLIES]
     greedy(target, questions)  # from here on their prefixes are in the cache, before and after alike
     before = greedy(target, questions)

@@ -190,7 +190,8 @@ def connections(bench: Bench, seconds: float) -> Iterator[Record]:
     """A thousand at once, on a fresh server. What it may take: what it took when it was ready, and its cache."""
     with serving.server(str(bench.folders["q8_0"])) as (url, process):
         target = replace(bench.target, base_url=url, model=serving.first_model(url))
-        budget = serving.peak_memory(process) + ServerLimits().cache_mb * 2**20
+        ready = serving.peak_memory(process)
+        budget = None if ready is None else ready + ServerLimits().cache_mb * 2**20
         asks = bench.chats.take(bench.size.connections)
         yield named(bench, OURS, rush(target, process, asks, budget, bench.task.slo))
 

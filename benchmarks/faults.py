@@ -10,6 +10,7 @@ people talk to it and give feedback, breaks one thing in the middle, and keeps t
 - no lost conversation: every exchange that was completed is in its conversation's history
 - recovery without hands: `/ready` says yes again, and everybody gets an answer in the end
 - a clear message: whoever got none was told so in a sentence, by the service or, where it is gone, by the page itself
+- a break that broke something, and only that: what it must leave alone (the index and the model in use) is what it was
 
 Skewed clocks are tested inside a process (tests/ai_engineer_track/api/test_clock.py): no fault from outside can reach that.
 """
@@ -68,7 +69,10 @@ class Account:
 
 @dataclass(frozen=True)
 class Trial:
-    """One fault and what came of it. Seconds; `untold` counts failures that came without a sentence."""
+    """One fault and what came of it. Seconds; `untold` counts failures that came without a sentence.
+
+    `as_meant` is false when the break came too late to break anything, or what it must leave alone changed: `note` says which.
+    """
 
     fault: str
     conversations: int
@@ -83,11 +87,24 @@ class Trial:
     ready_again_s: float | None
     longest_wait_s: float
     note: str = ""
+    as_meant: bool = True
 
     @property
     def held(self) -> bool:
         lost = self.wrong_answers + self.feedback_lost + self.exchanges_lost + self.untold + self.gave_up
-        return not lost and self.ready_again_s is not None
+        return not lost and self.ready_again_s is not None and self.as_meant
+
+
+class CannotMountError(UserError):
+    """The only reason to skip a trial: this user may not mount a disk that can be filled."""
+
+
+def failed(name: str, error: UserError) -> Trial:
+    """A trial that came to no end (the service did not start, say). It has held nothing."""
+    return Trial(
+        fault=name, conversations=0, answered=0, gave_up=0, wrong_answers=0, feedback_acknowledged=0, feedback_lost=0,
+        exchanges_lost=0, untold=0, told={}, ready_again_s=None, longest_wait_s=0.0, note=f"failed: {error}", as_meant=False,
+    )  # fmt: skip
 
 
 def faults(settings: Settings, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -98,8 +115,10 @@ def faults(settings: Settings, only: Sequence[str] = ()) -> dict[str, Any]:
     for name in tqdm(only or list(FAULTS), desc="  faults", leave=False):
         try:
             trials.append(trial(settings, name))
-        except UserError as error:
+        except CannotMountError as error:
             skipped[name] = str(error)
+        except UserError as error:
+            trials.append(failed(name, error))
     found = {
         "hardware": fingerprint(), "seed": settings.seed, "people": PEOPLE, "messages_each": EACH,
         "trials": [asdict(t) | {"held": t.held} for t in trials], "skipped": skipped,
@@ -116,7 +135,7 @@ def trial(settings: Settings, name: str) -> Trial:
     with small_disk(settings.artifacts / "faults-disk") if name == "full-disk" else contextlib.nullcontext("") as disk:
         where = f"{disk}/run" if disk else where
         with running_service(settings.artifacts, where, copied=("index", "models")) as service:
-            accounts, ready_again, note = asyncio.run(talk(service, settings, inject))
+            accounts, ready_again, broke = asyncio.run(talk(service, settings, inject))
             kept = {record.id for record in feedback.read(service.artifacts / "feedback")[0]}
     library = lib.load_library(settings.datasets)
     acknowledged = [name for account in accounts for name in account.acknowledged]
@@ -135,20 +154,21 @@ def trial(settings: Settings, name: str) -> Trial:
         told=dict(told.most_common(6)),
         ready_again_s=ready_again,
         longest_wait_s=max((w for a in accounts for w in a.waits), default=0.0),
-        note=note,
+        note=broke.note,
+        as_meant=broke.as_meant,
     )
 
 
-async def talk(service: Running, settings: Settings, inject: Fault) -> tuple[list[Account], float | None, str]:
+async def talk(service: Running, settings: Settings, inject: Fault) -> tuple[list[Account], float | None, Broke]:
     """All conversations, the fault in the middle. Everybody's account, the seconds until ready again, what the fault says."""
     texts = messages(settings.datasets, settings.seed)
     people = [asyncio.create_task(person(service.url, texts[n * EACH : (n + 1) * EACH])) for n in range(PEOPLE)]
     await asyncio.sleep(FAULT_AFTER)
     began = time.monotonic()
-    note = await asyncio.to_thread(inject, service, settings) or ""
+    broke = await asyncio.to_thread(inject, service, settings) or Broke()
     ready_again = await until_ready(service.url, began)
     accounts = await asyncio.gather(*people)
-    return list(accounts), ready_again, note
+    return list(accounts), ready_again, broke
 
 
 async def person(url: str, texts: Sequence[str]) -> Account:
@@ -230,14 +250,25 @@ async def until_ready(url: str, since: float) -> float | None:
 
 
 def verbatim(turn: dict[str, Any], library: lib.Library) -> bool:
-    """Does every sentence the answer quotes stand so in the library?"""
+    """Does every sentence the turn quotes stand so in the library? An answer that quotes none is nobody's words."""
     quoted = [(c["sentence_id"], c["text"]) for c in turn["citations"]]
+    if turn["kind"] == "answer" and not quoted:
+        return False
     return all(library.has(name) and library.sentence(name).text == text for name, text in quoted)
 
 
 # --- the faults ------------------------------------------------------------------------------------------------------
 
-Fault = Callable[[Running, Settings], str | None]
+
+@dataclass(frozen=True)
+class Broke:
+    """What a break says of itself, and whether it broke what it should and nothing else."""
+
+    note: str = ""
+    as_meant: bool = True
+
+
+Fault = Callable[[Running, Settings], Broke | None]
 
 
 def kill_inference(service: Running, settings: Settings) -> None:
@@ -253,7 +284,7 @@ def kill_service(service: Running, settings: Settings) -> None:
     service.parts()["service"].kill()
 
 
-def kill_index_build(service: Running, settings: Settings) -> str:
+def kill_index_build(service: Running, settings: Settings) -> Broke:
     """A build with one more document, killed as soon as its folder appears; the index in use must be the old one."""
     corpus = service.artifacts / "corpus"
     corpus.mkdir()
@@ -267,22 +298,28 @@ def kill_index_build(service: Running, settings: Settings) -> str:
         caught = build.poll() is None
         build.kill()
     same = (root / "current").read_text() == before
-    return f"killed {'while it was building' if caught else 'too late'}; index in use {'unchanged' if same else 'CHANGED'}"
+    note = f"killed {'while it was building' if caught else 'too late'}; index in use {'unchanged' if same else 'CHANGED'}"
+    return Broke(note, caught and same)
 
 
-def kill_training(service: Running, settings: Settings) -> str:
+def kill_training(service: Running, settings: Settings) -> Broke:
     models = service.artifacts / "models"
     before = current(models).name
     with child(service, ["ml_engineer_track", "run", "--preset", "smoke"]) as training:
         wait_for(lambda: any((service.artifacts / "runs").glob("*/finetune/*")) or training.poll() is not None, 90.0)
         caught = training.poll() is None
         training.kill()
-    verify(current(models))
-    same = current(models).name == before
-    return f"killed {'in fine-tuning' if caught else 'too late'}; model in use {'unchanged and verified' if same else 'CHANGED'}"
+    same, state = False, "CHANGED"
+    try:
+        verify(current(models))
+        if current(models).name == before:
+            same, state = True, "unchanged and verified"
+    except UserError as error:
+        state = f"DAMAGED ({error})"
+    return Broke(f"killed {'in fine-tuning' if caught else 'too late'}; model in use {state}", caught and same)
 
 
-def full_disk(service: Running, settings: Settings) -> str:
+def full_disk(service: Running, settings: Settings) -> Broke:
     ballast = service.artifacts / "ballast"
     written = 0
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as stream:
@@ -290,10 +327,10 @@ def full_disk(service: Running, settings: Settings) -> str:
             written += stream.write(bytes(1 << 16))
     time.sleep(10.0)
     ballast.unlink()
-    return f"no byte was free for 10 s ({written / 1e6:.0f} MB of ballast)"
+    return Broke(f"no byte was free for 10 s ({written / 1e6:.0f} MB of ballast)")
 
 
-def slow_model(service: Running, settings: Settings) -> str:
+def slow_model(service: Running, settings: Settings) -> Broke:
     """The inference server gets one twentieth of the time for 15 s."""
     process = service.parts()["inference"]
     for _ in range(15):
@@ -301,22 +338,22 @@ def slow_model(service: Running, settings: Settings) -> str:
         time.sleep(0.95)
         process.resume()
         time.sleep(0.05)
-    return "the model ran at a twentieth of its speed for 15 s"
+    return Broke("the model ran at a twentieth of its speed for 15 s")
 
 
-def corrupt_sqlite(service: Running, settings: Settings) -> str:
+def corrupt_sqlite(service: Running, settings: Settings) -> Broke:
     files = [service.artifacts / "sessions.sqlite", service.artifacts / "service" / "sessions.sqlite"]
     sizes = [scribble(path) + scribble(path.with_name(path.name + "-wal")) for path in files]
-    return f"{sum(sizes)} bytes of the two conversation stores were overwritten while open"
+    return Broke(f"{sum(sizes)} bytes of the two conversation stores were overwritten while open", sum(sizes) > 0)
 
 
-def corrupt_chroma(service: Running, settings: Settings) -> str:
+def corrupt_chroma(service: Running, settings: Settings) -> Broke:
     """The index's database and graph overwritten; then the service killed, so that it must open what is left."""
     version = (service.artifacts / "index" / "current").read_text().strip()
     folder = service.artifacts / "index" / version / "chroma"
     count = sum(scribble(path) for path in folder.rglob("*") if path.is_file())
     service.parts()["service"].kill()
-    return f"{count} bytes of Chroma's files were overwritten, and the service was killed"
+    return Broke(f"{count} bytes of Chroma's files were overwritten, and the service was killed", count > 0)
 
 
 FAULTS: dict[str, Fault] = {
@@ -369,11 +406,12 @@ def wait_for(happened: Callable[[], bool], seconds: float = 60.0) -> None:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[str]:
-    """A disk of its own for the trial, in memory; its name. UserError where this user may not mount one."""
+    """A disk of its own for the trial, in memory; its name. CannotMountError where this user may not mount one."""
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m", "tmpfs", str(folder)], capture_output=True, check=False)
     if done.returncode:
-        raise UserError("a disk that can be filled needs the right to mount one", str(folder), "Run it as root on Linux")
+        told = "a disk that can be filled needs the right to mount one"
+        raise CannotMountError(told, str(folder), "Run it as root on Linux")
     try:
         yield folder.name
     finally:
@@ -383,7 +421,7 @@ def small_disk(folder: Path) -> Iterator[str]:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 HEAD = ("fault", "held", "exchanges completed", "wrong answers", "feedback kept / acknowledged", "exchanges lost",
-        "failures without a sentence", "gave up", "ready again, s", "longest wait, s")  # fmt: skip
+        "failures without a sentence", "gave up", "ready again, s", "longest wait, s", "what was broken")  # fmt: skip
 
 
 def rows(trials: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -392,7 +430,7 @@ def rows(trials: Sequence[dict[str, Any]]) -> list[list[str]]:
             t["fault"], "yes" if t["held"] else "NO", str(t["answered"]), str(t["wrong_answers"]),
             f"{t['feedback_acknowledged'] - t['feedback_lost']} / {t['feedback_acknowledged']}", str(t["exchanges_lost"]),
             str(t["untold"]), str(t["gave_up"]), "-" if t["ready_again_s"] is None else f"{t['ready_again_s']:.1f}",
-            f"{t['longest_wait_s']:.1f}",
+            f"{t['longest_wait_s']:.1f}", t["note"] or "-",
         ]
         for t in trials
     ]  # fmt: skip

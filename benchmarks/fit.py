@@ -52,7 +52,7 @@ def predict_serving(plan: Plan) -> Prediction:
     """`batch` sequences of `context` tokens in the cache, prompts prefilled one at a time; NF4 weights for `qlora`."""
     config, dtype = read_config(plan.model), getattr(torch, plan.dtype)
     check_context(config, plan)
-    model = skeleton(config, dtype).eval()
+    model = skeleton(config, dtype).train(False)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as live, torch.no_grad():
         materialise(model)
         weights = live.now

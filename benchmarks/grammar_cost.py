@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import httpx
@@ -100,7 +101,7 @@ def grammar_cost(target: Target, chats: Chats, rounds: Callable[[float], int], s
         structured = [kind.structured(turns[kind.name], row) for row in range(BATCH)]
         return send([replace(ask, extra={"structured_outputs": s}) for ask, s in zip(chats.take(BATCH), structured, strict=True)])
 
-    sides: dict[str, Callable[[], Load]] = {FREE: free, **{kind.name: (lambda kind=kind: held(kind)) for kind in KINDS}}
+    sides: dict[str, Callable[[], Load]] = {FREE: free, **{kind.name: partial(held, kind) for kind in KINDS}}
     warm = [side() for side in sides.values()]
     loads = interleaved(sides, rounds(sum(load.duration for load in warm)))
     for name, of_side in loads.items():
@@ -145,6 +146,6 @@ def forced_share(target: Target, ask: Ask, structured: Structured) -> float | No
         answer = httpx.post(f"{target.base_url}/chat/completions", json=body, headers=target.headers, timeout=TIMEOUT)
         answer.raise_for_status()
         tokens = answer.json()["choices"][0]["logprobs"]["content"]
-        return sum(token["logprob"] == 0.0 for token in tokens) / len(tokens)
+        return float(sum(token["logprob"] == 0.0 for token in tokens) / len(tokens))
     except (httpx.HTTPError, KeyError, TypeError, ZeroDivisionError):
         return None

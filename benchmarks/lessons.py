@@ -13,23 +13,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.studies import not_measured
 from shared.metrics import Estimate
 from shared.settings import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = RESULTS / "demo"
-#: reports that are kept beside those of `make demo` when somebody measured them, and the command that does
-STUDIES = {
-    "low_bits.json": "make quantize BITS=2",
-    "distill.json": "make distill",
-    "tune.json": "make tune",
-    "loop.json": "make loop",
-    "security.json": "make attack",
-    "faults.json": "make faults",
-    "load.json": "make load",
-    "soak.json": "make soak",
-    "drift.json": "python -m ml_engineer_track drift-study",
-}
 
 
 def blocks() -> dict[str, str]:
@@ -174,6 +163,29 @@ def engine() -> str:
     return f"{machine(result['environment'])}; `{path.relative_to(ROOT)}`.\n\n" + "\n\n".join(parts)
 
 
+def engine_goals() -> str:
+    """For every committed run of the engines: each goal, and what each model reached."""
+    parts = []
+    for path in sorted(RESULTS.glob("*-engines*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        goals = [r for r in result["records"] if r["case"].get("what") == "goal"]
+        models = list(dict.fromkeys(r["model"] for r in goals))
+        by_goal: dict[str, dict[str, Any]] = {}
+        for r in goals:
+            by_goal.setdefault(f"{r['case']['goal']}: at {r['case']['at']} {r['metrics']['bound']:g}", {})[r["model"]] = r[
+                "metrics"
+            ]
+        rows = [[goal, *(_reached(found.get(model)) for model in models)] for goal, found in by_goal.items()]
+        parts.append(f"`{path.name}`, {machine(result['environment'])}:\n\n{markdown_table(['goal', *models], rows)}")
+    return "\n\n".join(parts)
+
+
+def _reached(metrics: dict[str, Any] | None) -> str:
+    if metrics is None or metrics["value"] is None:
+        return "-"
+    return f"{metrics['value']:.2f}" + ("" if metrics["met"] else " (**not reached**)")
+
+
 def retrieval() -> str:
     found = report("ai.json")["retrieval"]
     modes = [mode for mode in ("dense", "bm25", "fused", "reranked") if mode in found]
@@ -263,10 +275,6 @@ def report(name: str) -> dict[str, Any]:
 
 def optional(name: str) -> dict[str, Any] | None:
     return report(name) if (DEMO / name).exists() else None
-
-
-def not_measured(name: str) -> str:
-    return f"Not measured yet: `{STUDIES[name]}`, then `python -m benchmarks readme --take {name}`."
 
 
 def estimate(found: dict[str, Any]) -> Estimate:

@@ -126,5 +126,5 @@ def mfu(flops: float, seconds: float, limits: Limits | None) -> float | None:
 def _unread_embedding(model: PreTrainedModel) -> int:
     if model.config.tie_word_embeddings:
         return 0
-    weight = model.get_input_embeddings().weight
+    weight = model.get_input_embeddings().get_parameter("weight")
     return int(weight.numel() * weight.element_size())

@@ -129,7 +129,7 @@ def messages(datasets: Path, seed: int) -> list[str]:
 
 
 async def arrive(
-    url: str, texts: Sequence[str], rate: float, seed: int, on_reply: Callable[[Reply], None] | None = None
+    url: str, texts: Sequence[str], rate: float, seed: int, on_reply: Callable[[Reply], object] | None = None
 ) -> list[Reply]:
     """Send every text at its moment of a Poisson process of `rate` a second, each as a person of its own."""
     moments = arrivals(rate, len(texts), seed)

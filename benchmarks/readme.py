@@ -5,7 +5,7 @@ Why: a table copied by hand is right on the day it is copied. What comes from a 
 
     make demo 2>&1 | tee demo.log
     python -m benchmarks readme --log demo.log            # takes the run's reports and transcript over, and fills the pages
-    python -m benchmarks readme --take low_bits.json      # takes the report of a study over (low_bits, distill, tune, loop)
+    python -m benchmarks readme --take low_bits.json      # takes the report of a study over; studies.py lists them all
     python -m benchmarks readme                           # fills the pages from what is committed
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 
 from ai_engineer_track import report as ai_report
 from benchmarks import lessons, replicas, resilience, scaling
-from benchmarks.lessons import STUDIES, markdown_table
+from benchmarks.lessons import markdown_table
+from benchmarks.studies import STUDIES
 from ml_engineer_track import report as ml_report
 from shared.errors import UserError
 from shared.files import write_text
@@ -35,6 +36,7 @@ PAGES = {
     "docs/resilience.md": ("attacks", "faults", "load", "soak", "drift"),
     "README.md": ("transcript", "results"),
     "WORKSHOP.md": ("workshop times",),
+    "benchmarks/results/README.md": ("engine goals",),
     "docs/results.md": ("ml results", "ai results"),
     "docs/lessons.md": (
         "lesson four bits",
@@ -91,6 +93,7 @@ def blocks() -> dict[str, str]:
         "ai results": ai_report.markdown(ai),
         "workshop times": workshop_times(),
         **lessons.blocks(),
+        "engine goals": lessons.engine_goals(),
         **resilience.blocks(),
         **scaling.page_texts(),
         "replicas": replicas.page_text(),

@@ -11,8 +11,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ai_engineer_track.attack import outcome, target
 from benchmarks import faults, lessons, steady
-from benchmarks.lessons import STUDIES, machine, markdown_table
+from benchmarks.lessons import machine, markdown_table
+from benchmarks.studies import not_measured
 from shared.metrics import Estimate
 
 
@@ -29,13 +31,19 @@ def blocks() -> dict[str, str]:
 
 
 def attacks(found: dict[str, Any]) -> str:
-    rows = [[name, f"{r['hits']} of {r['n']}", _interval(r)] for name, r in found["by_category"].items()]
-    outcomes = ", ".join(f"{name} {count}" for name, count in found["outcomes"].items())
+    rows = [[name, target(name), f"{r['hits']} of {r['n']}", _interval(r)] for name, r in found["by_category"].items()]
+    outcomes = ", ".join(f"{outcome(name)}: {count}" for name, count in found["outcomes"].items())
+    by_reason: dict[str, list[str]] = {}
+    for name, why in found["unavailable"].items():
+        by_reason.setdefault(why, []).append(name)
+    silent = [f"{', '.join(names)} ({why})" for why, names in by_reason.items()]
     return (
         f"{found['attacks']} attacks written for this project, on the running service ({machine(found['hardware'])}, preset "
         f"{found['preset']}). What came back: {outcomes}.\n\n"
-        + markdown_table(["success of an attack", "hits", "share [95 % interval]"], rows)
-        + f"\n\nAny of these: {found['any']['hits']} of {found['any']['n']}, {_interval(found['any'])}."
+        + markdown_table(["success of an attack", "target", "hits", "share [95 % interval]"], rows)
+        + f"\n\nAny of these: {found['any']['hits']} of {found['any']['n']}, {_interval(found['any'])}. "
+        f"Unavailable: {'; '.join(silent) or 'none'}. "
+        f"Written into the feedback file by an attacker: {'; '.join(found['feedback_file']) or 'nothing'}."
     )
 
 
@@ -96,7 +104,7 @@ def drift(found: dict[str, Any]) -> str:
 def _of(report: str, text: Callable[[dict[str, Any]], str]) -> str:
     path = lessons.DEMO / report
     if not path.exists():
-        return f"Not measured yet: `{STUDIES[report]}`."
+        return not_measured(report)
     return text(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -103,7 +103,7 @@ def group(strategy: str, steps: int) -> list[Record]:
         seconds.append(time.perf_counter() - started)
     taken = seconds[WARM_UP:]
     size = sum(4 * p.numel() for p in parameters)
-    case = {"workers": world_size(), "strategy": strategy, "threads": torch.get_num_threads()}
+    case: dict[str, str | int | float] = {"workers": world_size(), "strategy": strategy, "threads": torch.get_num_threads()}
     rate = ROWS * ROW_TOKENS * len(taken) / sum(taken)
     records = [
         Record(

@@ -224,7 +224,7 @@ def judge(result: Result) -> str:
         for rubric in rubrics
     ]
     columns.append(_metric("judged answers", "judge/grounded_kappa/n"))
-    told = "Agreement with people's labels beyond chance (Cohen's kappa; helpful: quadratic weights). 0 is chance, 1 is perfect."
+    told = "Agreement with the labels beyond chance (Cohen's kappa; helpful: quadratic weights). 0 is chance, 1 is perfect."
     return paragraph(told) + charts.bars(groups, "kappa") + _table(variants, columns)
 
 

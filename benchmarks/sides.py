@@ -183,12 +183,12 @@ def gguf_folders(model: str, into: Path) -> dict[str, Path]:
 
 
 #: 96 million parameters
-RANDOM_SIZES = {
+RANDOM_SIZES: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
 }  # fmt: skip
 
 
-def random_model(folder: Path, seed: int, sizes: dict[str, int] = RANDOM_SIZES) -> None:
+def random_model(folder: Path, seed: int, sizes: dict[str, Any] = RANDOM_SIZES) -> None:
     """A Llama with random weights and the bundled tokenizer: what it says means nothing, what it costs does.
 
     Tokens without a text of their own (control tokens, parts of characters) get zero rows in the tied embedding and so never
@@ -204,6 +204,6 @@ def random_model(folder: Path, seed: int, sizes: dict[str, int] = RANDOM_SIZES) 
     texts = [tokenizer.decode([i], skip_special_tokens=True) for i in range(len(tokenizer))]
     mute = [i for i, shown in enumerate(texts) if not shown or "\ufffd" in shown]
     with torch.no_grad():
-        model.get_input_embeddings().weight[mute] = 0.0
+        model.get_input_embeddings().get_parameter("weight")[mute] = 0.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -206,7 +206,7 @@ def publish(preset: Preset = None, model: Model = None, method: Method = None) -
 
 @app.command()
 def results() -> None:
-    """The results table of the last run as Markdown, as the README shows it."""
+    """The results table of the last run as Markdown, as docs/results.md shows it."""
     from ml_engineer_track.report import markdown
 
     path = load_settings().artifacts / "reports" / "ml.json"

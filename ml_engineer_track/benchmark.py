@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ml_engineer_track.models import load_model
-from ml_engineer_track.progress import progress
+from ml_engineer_track.progress import progress, stream
 from shared.errors import UserError
 from shared.hardware import busy, device, fingerprint, synchronize
 from shared.metrics import percentiles
@@ -36,7 +36,8 @@ def benchmark(settings: Settings, folders: dict[str, str]) -> dict[str, Any]:
     """Figures of every model folder, by name, with the hardware they were read on."""
     load = busy()
     if load > 0.3:
-        print(f"  benchmark: other programs use {load:.0%} of this machine; the times below will be worse than it can do")
+        told = f"  benchmark: other programs use {load:.0%} of this machine; the times will be worse than it can do"
+        print(told, file=stream(), flush=True)
     figures = {name: measure(path, settings.benchmark, name) for name, path in folders.items()}
     return {"hardware": fingerprint(), "busy_share": load, "settings": settings.benchmark.model_dump(), "models": figures}
 

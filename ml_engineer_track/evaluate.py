@@ -12,7 +12,7 @@ What is scored:
   statements, how many carry such a mark; after ALCE, Gao et al. 2023); how often it rightly says that the library does not
   answer, and how often it answers what can be answered;
 - **decide**: accuracy over all and per action; share of valid JSON without a grammar;
-- **judge**: Cohen's kappa and accuracy per rubric against people's labels;
+- **judge**: Cohen's kappa and accuracy per rubric against the data set's labels;
 - **perplexity** of the right replies, per token; left out for GGUF files, whose engine does not tell it.
 """
 

@@ -1,4 +1,7 @@
-"""Progress bars for everything that takes longer than two seconds; plain lines where the output is not a terminal."""
+"""Progress bars for everything that takes longer than two seconds; plain lines where the output is not a terminal.
+
+They go to stderr: stdout is for results, which people redirect into files (`python -m ml_engineer_track benchmark > FILE`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -19,9 +22,10 @@ class Progress:
 
     def __init__(self, name: str, total: int, start: int) -> None:
         self.name, self.total, self.done = name, total, start
+        self._stream = stream()
         self._bar = (
-            tqdm(total=total, initial=start, desc=f"  {name}", delay=DELAY_SECONDS, leave=False, file=sys.stdout)
-            if sys.stdout.isatty()
+            tqdm(total=total, initial=start, desc=f"  {name}", delay=DELAY_SECONDS, leave=False, file=self._stream)
+            if self._stream.isatty()
             else None
         )
         self._said = time.monotonic()
@@ -34,7 +38,12 @@ class Progress:
         elif time.monotonic() - self._said > 20:
             self._said = time.monotonic()
             facts = " ".join(f"{k} {v}" for k, v in shown.items())
-            print(f"  {self.name}: {self.done} of {self.total} {facts}".rstrip(), flush=True)
+            print(f"  {self.name}: {self.done} of {self.total} {facts}".rstrip(), file=self._stream, flush=True)
+
+
+def stream() -> TextIO:
+    """Where progress is told: on stderr, or where whoever redirected stdout from within (a worker's log) wants everything."""
+    return sys.stderr if sys.stdout is sys.__stdout__ else sys.stdout
 
 
 def watched(items: Sequence[T], name: str) -> Iterator[T]:

@@ -8,6 +8,7 @@ missing that nothing here runs without.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -27,6 +28,8 @@ ENVIRONMENT_GB, ARTIFACTS_GB = 5.0, 2.0
 PORTS = {8000: "the service (PORT=... picks another)", 8001: "the inference server (--port picks another)"}
 BUSY = 0.3
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+#: what every `make` line runs; git also stamps each result with its commit
+TOOLS = ("make", "bash", "git")
 
 
 @dataclass
@@ -41,11 +44,29 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Every check in order. What a check cannot find out it says; it never raises."""
-    for check in (python, memory, cores, disk, packages, base_model, gpu, bf16, busy, ports, chromium, network):
+    for check in (
+        *(system, tools, python, environment, memory, cores, disk, packages),
+        *(base_model, gpu, bf16, busy, ports, chromium, network),
+    ):
         try:
             yield check()
         except Exception as error:
             yield Finding(check.__name__, "slow", f"could not be checked ({type(error).__name__}: {error})")
+
+
+def system() -> Finding:
+    """Files are locked with fcntl, which Windows does not have."""
+    said = f"{platform.system()} {platform.machine()}"
+    if platform.system() == "Windows":
+        return Finding("system", "missing", f"{said}: not supported; use WSL 2, and clone the repository in there", True)
+    return Finding("system", "ok", said)
+
+
+def tools() -> Finding:
+    absent = [name for name in TOOLS if shutil.which(name) is None]
+    if absent:
+        return Finding("tools", "missing", f"{', '.join(absent)}: install with the system's package manager", True)
+    return Finding("tools", "ok", f"{', '.join(TOOLS)} are there")
 
 
 def python() -> Finding:
@@ -55,6 +76,21 @@ def python() -> Finding:
     return Finding(
         "python", "missing", f"{said}: {PYTHON[0]}.{PYTHON[1]} or newer is needed; `make setup PYTHON=python3.12`", True
     )
+
+
+def environment() -> Finding:
+    """`make setup` makes .venv with venv and ensurepip, which some Linux distributions package apart from Python."""
+    if (ROOT / ".venv").exists():
+        return Finding("environment", "ok", "made by `make setup`")
+    absent = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
+    if absent:
+        return Finding(
+            "environment",
+            "missing",
+            f"this Python has no {' and no '.join(absent)}: install it (Debian and Ubuntu: `apt install python3-venv`)",
+            True,
+        )
+    return Finding("environment", "ok", "venv and ensurepip are there")
 
 
 def memory() -> Finding:
@@ -93,6 +129,8 @@ def packages() -> Finding:
     pinned = _pinned()
     wanted = [name for name in _dependencies() if name in pinned]
     absent = [name for name in wanted if not _installed(name)]
+    if "torch" in absent and not (ROOT / ".venv").exists():  # a fresh clone: nothing is wrong with it
+        return Finding("packages", "slow", "not installed yet: `make setup` does that, in a few minutes and with a network")
     if absent:
         some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
         return Finding("packages", "missing", f"{some}: run `make setup`, then `source .venv/bin/activate`", True)

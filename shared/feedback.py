@@ -88,8 +88,8 @@ class Feedback(_Strict):
     clarified case cannot be replayed. `opening` is the message that began the problem, where `question` only replies to a
     question back. `steps` are the parts of the work with what each found, `passages` the ids of what was retrieved, best
     first. `model_version` is `<published version>:<variant>` of the model that answered, or the name a provider gives its
-    model. `judge_trusted` says whether the judge agreed with people well enough, when it was last measured, for the marks this
-    is about to count; None where it was not asked.
+    model. `judge_trusted` says whether the judge agreed with the labels well enough, when it was last measured, for the marks
+    this is about to count; None where it was not asked.
     """
 
     schema_version: Literal[1] = 1

@@ -33,7 +33,7 @@ class Outcome(BaseModel):
     """How one answer went. A shadow's answer has the answer id of the one the person got.
 
     `model_version` is `<published version>:<variant>`, `kind` the turn's kind. The judge's marks are None where it was not asked,
-    `quotes_verbatim` where nothing was quoted; `judge_trusted` says whether the judge agreed with people well enough on both
+    `quotes_verbatim` where nothing was quoted; `judge_trusted` says whether the judge agreed with the labels well enough on both
     grounded and safe, when it was last measured, for its marks to count. `seconds` is the time the whole turn took.
     """
 

@@ -5,13 +5,19 @@ WORKSHOP.md is followed as a whole, in order: tests/benchmarks/test_workshop.py.
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
 
 from shared.settings import load_settings, preset_names
 
@@ -22,15 +28,22 @@ PAGES = [
     ROOT / "ai_engineer_track" / "README.md",
     ROOT / "datasets" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "docs" / "monitoring" / "README.md",
+    ROOT / "SECURITY.md",
+    ROOT / "benchmarks" / "README.md",  # after the pages that measure something: `make report` shows what they left
 ]
 #: pages whose links and file names must lead somewhere
-LINKED = [*PAGES, ROOT / "WORKSHOP.md", ROOT / "benchmarks" / "README.md"]
+LINKED = [*PAGES, ROOT / "WORKSHOP.md", ROOT / "benchmarks" / "results" / "README.md"]
 #: pages that name files by way of explanation; the READMEs of the tracks do so, too
 NAMED = [ROOT / "README.md", ROOT / "WORKSHOP.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: files that only a run makes
 MADE = ("quarantine.jsonl", "manifest.json", "workshop.json", "low_bits.json", "distill.json", "tune.json", "loop.json")
-#: commands that would start this very test run again, rewrite a file under version control, or run until they are stopped
-NOT_RUN = ("make test", "pytest ", "python -m shared.datasheet", "make serve", "engineer_track serve", "make demo")
+#: commands that would start this very test run again, rewrite a file under version control, or run until they are stopped;
+#: that measure for minutes (tests/benchmarks runs each suite on something small), fetch other projects, or name a reader's files
+NOT_RUN = (
+    *("make test", "pytest ", "python -m shared.datasheet", "make serve", "engineer_track serve", "make demo"),
+    *("BUDGET=5m", "SUITE=engines", "benchmarks replicas", "make bench-peers", "make compare", "--url"),
+)
 #: the commands of the AI track need what `make ml` published, or load the embedding model
 SLOW = (
     "make ml",
@@ -42,6 +55,8 @@ SLOW = (
     "make loop",
     "ml_engineer_track models",
     "make bench",
+    "make report",
+    "benchmarks limits",
     "ml_engineer_track run",
     "ml_engineer_track evaluate",
     "ml_engineer_track benchmark",
@@ -91,6 +106,76 @@ def test_the_commands_of_the_readme_run_one_after_the_other(artifacts: Path) -> 
         done = run(command.replace("handoff verify", f"handoff verify --models {artifacts / 'models'}"), artifacts)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr
+
+
+# --- every command that any page names -------------------------------------------------------------------------------
+
+OURS = re.compile(
+    r"python -m (shared\.\w+|benchmarks\.workshop|benchmarks|ml_engineer_track|ai_engineer_track)\b(?!\.)([^\n#|>&;(]*)"
+)
+
+
+def tracked_pages() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return [ROOT / name for name in listed]
+
+
+def code_of(page: Path) -> Iterator[str]:
+    """What stands in a page as code: the lines of its blocks, and what is in backticks (where a line may break)."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL):
+        yield from block.replace("\\\n", " ").splitlines()
+    for inline in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        yield " ".join(inline.split())
+
+
+@cache
+def options(module: str) -> dict[str, set[str]]:
+    """Subcommand -> its options; a module without subcommands has one that is called "". Reads the program's own definitions."""
+    main = importlib.import_module(module if module.startswith("shared.") else f"{module}.__main__")
+    if hasattr(main, "app"):
+        group = typer.main.get_command(main.app)
+        return {name: {o for p in one.params for o in p.opts} for name, one in group.commands.items()}  # type: ignore[attr-defined]
+    if "ArgumentParser" not in Path(str(main.__file__)).read_text(encoding="utf-8"):
+        return {"": set()}
+    said = io.StringIO()
+    with redirect_stdout(said), suppress(SystemExit):
+        main.main(["--help"])
+    parts = re.search(r"\{([a-z,-]+)\}", said.getvalue())
+    for name in parts[1].split(",") if parts else []:
+        with redirect_stdout(said), suppress(SystemExit):
+            main.main([name, "--help"])
+    return {"": set(re.findall(r"--[a-z][a-z-]*", said.getvalue()))}
+
+
+def unknown_words(module: str, words: list[str]) -> list[str]:
+    """What of `python -m MODULE WORDS` does not exist."""
+    known = options(module)
+    name = "" if "" in known else next((word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)), "")
+    if not name and "" not in known:
+        return []  # the program as such: `python -m benchmarks`
+    if name not in known:
+        return [name]
+    used = {word.split("=")[0] for word in words if word.startswith("--")}
+    return sorted(used - known[name] - {"--help"})
+
+
+@pytest.mark.parametrize("page", tracked_pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_a_page_names_exists(page: Path) -> None:
+    """Nothing is run: targets are looked up in the Makefile, subcommands and options in the programs' own definitions."""
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for code in code_of(page):
+        for target in re.findall(r"(?:^|[(,;:&$] ?|=\S+ )make (?:-\w+ )*([a-z][a-z-]*)", code):
+            assert target in targets, code
+        for module, rest in OURS.findall(code):
+            assert not unknown_words(module, rest.strip().rstrip(")").split()), code
+
+
+def test_a_command_that_is_not_there_is_noticed() -> None:
+    assert unknown_words("benchmarks", ["dance"]) == ["dance"]
+    assert unknown_words("benchmarks", ["soak", "--minutes", "1", "--people", "3"]) == ["--people"]
+    assert unknown_words("shared.handoff", ["verify", "--modles", "x"]) == ["--modles"]
+    assert options("shared.handoff")[""]
 
 
 def slug(heading: str) -> str:

@@ -114,7 +114,7 @@ def failed_rubrics(turn: Turn) -> str:
 
 
 def judge_counts(turn: Turn) -> bool | None:
-    """Is one of the bad marks (of all marks, where none is bad) in a rubric in which the judge agreed with people?"""
+    """Is one of the bad marks (of all marks, where none is bad) in a rubric in which the judge agreed with the labels?"""
     verdict = turn.verdict
     if verdict is None:
         return None

@@ -57,7 +57,7 @@ class Opinion(_Strict):
 
 
 class Reason(_Strict):
-    """Why the answer is here. `counts` is false for the marks of a judge that did not agree with people."""
+    """Why the answer is here. `counts` is false for the marks of a judge that did not agree with the labels."""
 
     kind: str
     text: str

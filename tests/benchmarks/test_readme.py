@@ -21,7 +21,7 @@ def test_a_page_says_what_the_committed_results_say(name: str) -> None:
 def test_every_page_with_marks_is_filled() -> None:
     marked = {
         path.relative_to(ROOT).as_posix()
-        for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
+        for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md"))
         if ": begin -->" in path.read_text(encoding="utf-8")
     }
     assert marked == set(readme.PAGES)
@@ -95,7 +95,8 @@ def test_only_lines_of_stages_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(readme, "DEMO", tmp_path / "demo")
     log = tmp_path / "demo.log"
     log.write_text(
-        "noise\n[1/7] train-ranker: x (3 s)\n10%|#\r20%|##\rmeasure    judge.  (2 s)\nmodel:  artifacts/models/m-1\n",
+        "noise\n[1/7] train-ranker: x (3 s)\n  train-ranker: 2 of 9\n10%|#\r20%|##\rmeasure    judge.  (2 s)\n"
+        "model:  artifacts/models/m-1\n",
         encoding="utf-8",
     )
     for name in readme.REPORTS:

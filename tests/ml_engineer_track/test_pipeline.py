@@ -530,7 +530,7 @@ def test_the_smoke_preset_runs_from_leaflets_to_a_published_model(
 ) -> None:
     folder, done = smoke
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert not [line for line in done.stderr.splitlines() if not line.startswith("  ")], done.stderr  # progress is indented
     assert skipped(done.stdout) == dict.fromkeys(STAGES, False)
     manifest = handoff.verify(handoff.current(folder / "artifacts" / "models"))
     assert set(manifest.variants) == {"bf16", "nf4", "q8_0"}

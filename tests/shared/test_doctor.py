@@ -53,11 +53,54 @@ def test_a_port_that_somebody_has_is_named() -> None:
     assert doctor._free(number)
 
 
-def test_missing_packages_are_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_installed", lambda name: "" if name in ("torch", "peft") else "1.0")
+    root_with(tmp_path, ".venv", monkeypatch)
     found = doctor.packages()
     assert (found.state, found.essential) == ("missing", True)
     assert found.said.startswith("torch, peft: run `make setup`")
+
+
+def test_before_setup_nothing_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`make doctor` on a fresh clone must not end with an error: installing is the next step, not a repair."""
+    monkeypatch.setattr(doctor, "_installed", lambda name: "")
+    root_with(tmp_path, "", monkeypatch)
+    found = doctor.packages()
+    assert (found.state, found.essential) == ("slow", False)
+    assert found.said.startswith("not installed yet: `make setup`")
+
+
+def root_with(folder: Path, environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone that holds what `packages` reads and, where named, an environment."""
+    for name in ("torch.txt", "constraints.txt", "pyproject.toml"):
+        (folder / name).write_bytes((doctor.ROOT / name).read_bytes())
+    if environment:
+        (folder / environment).mkdir()
+    monkeypatch.setattr(doctor, "ROOT", folder)
+
+
+def test_windows_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Windows")
+    found = doctor.system()
+    assert (found.state, found.essential) == ("missing", True)
+    assert "WSL 2" in found.said
+
+
+def test_absent_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None if name in ("make", "git") else f"/usr/bin/{name}")
+    found = doctor.tools()
+    assert (found.state, found.essential) == ("missing", True)
+    assert found.said.startswith("make, git: ")
+
+
+def test_a_python_without_venv_is_told_until_there_is_an_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    found = doctor.environment()
+    assert (found.state, found.essential) == ("missing", True)
+    assert "ensurepip" in found.said
+    (tmp_path / ".venv").mkdir()
+    assert doctor.environment().state == "ok"
 
 
 def test_other_versions_than_pinned_are_named_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +137,20 @@ def test_a_check_that_breaks_is_told_and_the_others_go_on(monkeypatch: pytest.Mo
     assert "python" in by_name
 
 
-def test_it_needs_nothing_but_python() -> None:
-    """`-S -I` leaves out every installed package: what a fresh clone has."""
-    code = f"import sys; sys.path.insert(0, {str(doctor.ROOT)!r}); from shared import doctor; sys.exit(doctor.main())"
+@pytest.mark.parametrize(("set_up", "expected"), [(False, "ready; slow here: "), (True, "not ready: packages")])
+def test_it_needs_nothing_but_python(set_up: bool, expected: str, tmp_path: Path) -> None:
+    """`-S -I` leaves out every installed package: what a fresh clone has, and what one has whose environment is broken."""
+    (tmp_path / "ml_engineer_track").mkdir()
+    (tmp_path / "ml_engineer_track" / "base_model").symlink_to(doctor.ROOT / "ml_engineer_track" / "base_model")
+    for name in ("shared", "torch.txt", "constraints.txt", "pyproject.toml"):
+        (tmp_path / name).symlink_to(doctor.ROOT / name)
+    if set_up:
+        (tmp_path / ".venv").mkdir()
+    code = (
+        f"import sys; sys.path.insert(0, {str(doctor.ROOT)!r}); from pathlib import Path; from shared import doctor; "
+        f"doctor.ROOT = Path({str(tmp_path)!r}); sys.exit(doctor.main())"
+    )
     done = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "run `make setup`" in done.stdout
-    assert done.stdout.splitlines()[-1] == "not ready: packages"
+    assert done.returncode == int(set_up), done.stdout + done.stderr
+    assert "make setup" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(expected)

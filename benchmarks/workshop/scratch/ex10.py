@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ai_engineer_track.clarify import Belief, Interviewer, Question, Reply, simulate
+from ai_engineer_track.clarify import Belief, Interviewer, Question, simulate
 from ai_engineer_track.evidence import Evidence
 from ai_engineer_track.heads import Array
 from ai_engineer_track.ingest import open_index
 from ai_engineer_track.settings import load_ai_settings
+from ai_engineer_track.turn import Reply
 from benchmarks.workshop.place import keep_run, script
 from shared import library as lib
 from shared.metrics import estimate_mean

@@ -1,7 +1,7 @@
 """Exercise 11: a judge of your own, judged.    python artifacts/workshop/ex11.py
 
-People labelled answers as grounded (the passages say all of it) or not. A judge is worth its agreement with them beyond chance:
-Cohen's kappa. Training and validation labels; the test split is not touched.
+The data set labels answers as grounded (the passages say all of it) or not; its authors were language models. A judge is worth
+its agreement with the labels beyond chance: Cohen's kappa. Training and validation labels; the test split is not touched.
 """
 
 from __future__ import annotations

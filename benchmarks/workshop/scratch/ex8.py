@@ -37,8 +37,8 @@ def main() -> None:
             hits[mode].append(float(bool(documents & set(question.leaflets))))
     index.close()
     print(f"{len(asked)} validation questions, a right leaflet among the first {K} passages; value [95 % interval]")
-    for mode, found in hits.items():
-        print(f"  {mode:<9} {estimate_mean(found, 1000, 7)}")
+    for name, found in hits.items():
+        print(f"  {name:<9} {estimate_mean(found, 1000, 7)}")
     print(f"  fused - dense, question by question {estimate_difference(hits['fused'], hits['dense'], 1000, 7)}")
     pairs = list(zip(hits["dense"], hits["bm25"], strict=True))
     cells = {

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ai_engineer_track.heads import unseen
 from ai_engineer_track.ingest import open_index
 from ai_engineer_track.settings import load_ai_settings
-from ai_engineer_track.triage import MEANING, STRENGTH, examples, unseen, without_flags
+from ai_engineer_track.triage import MEANING, STRENGTH, examples, without_flags
 from benchmarks.workshop.place import keep_run, script
 from shared.metrics import estimate_mean
 from shared.passages import StoredVectors
