@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+WITH_RAY := $(PIP) -c torch.txt -c constraints.txt -e '.[ray]'
 export PRESET MODEL METHOD SEED DATASETS ARTIFACTS VRAM_GB ENGINE WORKERS STRATEGY
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ml quantize distill tune accounting kernels ai demo serve loop rollback bench report compare fit bench-peers load soak faults pretrain datasheet attack audit lock doctor workshop check answer test test-all lint format clean distclean
+.PHONY: help setup ml quantize distill tune accounting kernels drift-study curate-corpus ai demo serve loop rollback bench report compare fit bench-peers load soak faults replicas scaling pretrain datasheet attack audit lock doctor workshop check answer test test-all lint format clean distclean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -29,6 +30,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 ml: setup ## ML track: leaflets -> LoRA -> 4-bit -> evaluated, measured, published. PRESET=, MODEL=, METHOD=qlora, VRAM_GB=8, ENGINE=torchrun|ray WORKERS=2
+	$(if $(filter ray,$(ENGINE)),@$(WITH_RAY))
 	@$(BIN)/python -m ml_engineer_track run
 
 quantize: setup ## fewer bits: without BITS the 4- and 8-bit variants; BITS=2, 3, 4 or mixed: the study below 4 bits, that model repaired
@@ -46,15 +48,24 @@ tune: setup ## search LoRA rank, alpha, targets and learning rate by short fine-
 accounting: setup ## memory and FLOPs of a training step, predicted and measured, and what fits VRAM_GB=8. PRESET=, METHOD=qlora
 	@$(BIN)/python -m ml_engineer_track accounting
 
+drift-study: setup ## how often the watch for drift cries wolf, and how soon it finds a change that was put there
+	@$(BIN)/python -m ml_engineer_track drift-study
+
+curate-corpus: setup ## malformed and repeated questions out of a corpus larger than memory. SHARDS=folder of *.jsonl INTO=folder
+	@test -n "$(SHARDS)" -a -n "$(INTO)" || { echo "error: SHARDS=<folder of *.jsonl> and INTO=<folder> are needed" >&2; exit 2; }
+	@$(WITH_RAY)
+	@$(BIN)/python -m ml_engineer_track curate-corpus "$(SHARDS)" --into "$(INTO)"
+
 ai: setup ## AI track: the same model as a product: indexed, talked to, judged, measured. LLM_BASE_URL=, LLM_MODEL=
 	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run
 	@$(BIN)/python -m ai_engineer_track run
 
 demo: ml ai ## both tracks, one after the other
 
-serve: setup ## the running service with its web page, on PORT=8000
+serve: setup ## the running service with its web page, on PORT=8000. REPLICAS=2: as many of it, one replaced after the other
 	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run
-	@$(BIN)/python -m ai_engineer_track serve
+	$(if $(REPLICAS),@$(WITH_RAY))
+	@$(BIN)/python -m ai_engineer_track $(if $(REPLICAS),serve-ray --replicas "$(REPLICAS)",serve)
 
 loop: setup ## what the product got wrong becomes the next model: two demonstrations. WATCH=1: look every hour; LOOK=1: once, at your own model
 	@$(BIN)/python -m ml_engineer_track loop $(if $(WATCH),--watch,$(if $(LOOK),,--demonstrate))
@@ -88,6 +99,13 @@ faults: setup ## break one thing after another while twenty people talk to the s
 soak: setup ## people arrive for MINUTES=60 at RATE=0.5 a second: do memory and open files stay flat?
 	@$(BIN)/python -m benchmarks soak --minutes $(or $(MINUTES),60) --rate $(or $(RATE),0.5)
 
+replicas: setup ## kill one of REPLICAS=2 servers under load, then replace all by a new version: what do people notice?
+	@$(WITH_RAY)
+	@$(BIN)/python -m benchmarks replicas $(if $(REPLICAS),--replicas "$(REPLICAS)")
+
+scaling: setup ## fine-tuning by one worker and by WORKERS=2 on this machine, and what a network would make of it
+	@$(BIN)/python -m benchmarks scaling $(if $(WORKERS),--workers "$(WORKERS)")
+
 pretrain: setup ## make the bundled base model anew: CORPUS=folder [EDITION=cpu|gpu]
 	@test -n "$(CORPUS)" || { echo "error: CORPUS=<folder with pretrain/ and tasks/> is needed" >&2; exit 2; }
 	@$(BIN)/python -m ml_engineer_track pretrain --corpus "$(CORPUS)" --edition $(or $(EDITION),cpu)
@@ -108,6 +126,7 @@ check: setup ## is an exercise of WORKSHOP.md done? EX=3 ANSWER=0.42; exit statu
 answer: setup ## the answer to an exercise's question, from your own figures. EX=3
 	@test -n "$(EX)" || { echo "error: EX=<number of the exercise> is needed" >&2; exit 2; }
 	@$(BIN)/python -m benchmarks.workshop answer $(EX)
+
 attack: setup ## injections and jailbreaks against the running service, rates by kind; SECURITY.md says what is promised
 	@test -e $(or $(ARTIFACTS),artifacts)/models/current || test -n "$(LLM_BASE_URL)" || $(BIN)/python -m ml_engineer_track run
 	@$(BIN)/python -m ai_engineer_track attack

@@ -22,9 +22,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, StateSnapshot, interrupt
 
-from ai_engineer_track.llm import Llm
 from ai_engineer_track.roles import Roles
-from ai_engineer_track.settings import AiSettings
 from ai_engineer_track.trace import recording
 from ai_engineer_track.turn import ClarifyQuestion, Event, Turn
 
@@ -50,18 +48,6 @@ class State(TypedDict, total=False):
     warning: dict[str, Any]
     next: str
     turn: dict[str, Any]
-
-
-def build_agent(
-    settings: AiSettings,
-    retriever: Any,
-    llm: Llm,
-    judge_llm: Llm,
-    checkpointer: BaseCheckpointSaver[Any],
-    large: Llm | None = None,
-) -> CompiledStateGraph[Any, Any, Any, Any]:
-    """The graph, ready to run. Fits or loads the learned heads, so the first call takes longer."""
-    return connect(Roles(settings, retriever, llm, judge_llm, large), checkpointer)
 
 
 def connect(roles: Roles, checkpointer: BaseCheckpointSaver[Any]) -> CompiledStateGraph[Any, Any, Any, Any]:

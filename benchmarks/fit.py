@@ -38,7 +38,6 @@ from ml_engineer_track.accounting import (
     skeleton,
 )
 from ml_engineer_track.accounting_measure import in_fresh_process, measured_peak
-from shared.hardware import compute_dtype, device
 
 METHODS: tuple[Method, ...] = ("lora", "qlora", "full")
 #: Memory of common GPUs, GiB.
@@ -122,11 +121,6 @@ def print_fit(found: dict[str, Any]) -> None:
         most = (gpu["training_largest_batch"], gpu["serving_largest_batch"])
         print(f"{gpu['gpu']:28s} {fits[0]:>9s} {most[0]:>14,d} {fits[1]:>9s} {most[1]:>11,d}")
     print(f"{ALLOWANCE:.0%} of each GPU is left for the CUDA context, workspaces and fragmentation.")
-
-
-def default_dtype() -> str:
-    """The dtype this machine computes in."""
-    return str(compute_dtype(device())).removeprefix("torch.")
 
 
 def local_config(path: str) -> str:

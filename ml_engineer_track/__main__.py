@@ -349,13 +349,16 @@ def models(
 ) -> None:
     """The versions that are there, their figures, who is current; back to the one before; what is kept."""
     from ml_engineer_track.lifecycle import registry as r
+    from ml_engineer_track.lifecycle import tracking
 
     artifacts = load_settings("tiny").artifacts
     folder = artifacts / "models"
     if action == "list":
         r.show(r.versions(folder, artifacts / "feedback"))
     elif action == "rollback":
-        print(f"{r.roll_back(folder)} is current again")
+        restored = r.roll_back(folder)
+        print(f"{restored} is current again", flush=True)
+        tracking.went_back(artifacts, restored)
     elif action == "gc":
         removed = r.collect_garbage(folder, artifacts / "feedback", keep)
         print(f"removed: {', '.join(removed) or 'nothing'}")

@@ -23,6 +23,10 @@ from shared.files import replace_folder, write_json
 Weights = Callable[[Path], Any]
 
 
+class Diverged(UserError):  # noqa: N818 -- said of a training, as it is told
+    """The losses are no numbers any more. Trying again with the same rows and settings would end in the same way."""
+
+
 class Optimizer(Protocol):
     """An optimiser, or what collects its state from several workers."""
 
@@ -42,9 +46,9 @@ class Progress:
     validation: list[dict[str, float]] = field(default_factory=list)
 
     def look(self, loss: float, write: Weights, work: Path, setting: str) -> None:
-        """Record a validation loss; the best weights so far are kept in `work/best`. UserError when the run diverged."""
+        """Record a validation loss; the best weights so far are kept in `work/best`. Diverged when it is no number."""
         if not math.isfinite(loss):
-            raise UserError(f"training diverged (validation loss {loss})", f"step {self.step}", f"Lower {setting}")
+            raise Diverged(f"training diverged (validation loss {loss})", f"step {self.step}", f"Lower {setting}")
         self.validation.append({"step": self.step, "loss": loss})
         self.looks_without_gain = 0 if loss < self.best else self.looks_without_gain + 1
         if loss < self.best:

@@ -1,6 +1,6 @@
 """Cleans a corpus of questions that is larger than memory: the rules of `curate.py`, on Ray Data, shard by shard.
 
-    python -m ml_engineer_track curate-corpus FOLDER --into FOLDER      needs the extra: pip install -e '.[ray]'
+    python -m ml_engineer_track curate-corpus FOLDER --into FOLDER      needs the extra [ray]: docs/cluster.md
 
 Why an ML engineer needs a second way: `curate.py` holds every row and an index of all signatures; a corpus of a hundred
 million rows does not fit. What decides whether a row stays is small, though. Rows that could be duplicates share a *key*: the
@@ -43,6 +43,8 @@ BLOCK = 2_000
 PARTITION = 256_000_000
 #: A key's first letter: what two rows that have it in common are.
 REASONS = {"i": "duplicate id", "w": "exact duplicate", "b": "near duplicate"}
+#: What was kept and dropped; with `quarantine/` beside it a folder is known as one that this file wrote.
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ class Sharer:
 
 
 def curate_corpus(shards: Path, into: Path, near_duplicate: float) -> Cleaned:
-    """Clean every `*.jsonl` of the folder `shards` (rows as in questions.jsonl). UserError without Ray or without shards."""
-    need_ray("curate-corpus")
+    """Clean every `*.jsonl` of the folder `shards` (rows as in questions.jsonl).
+
+    UserError without Ray or without shards, and for a folder `into` with anything in it but what this left there before.
+    """
     files = sorted(shards.glob("*.jsonl"))
     if not files:
         raise UserError("no shards here (*.jsonl)", str(shards), "Name a folder of JSON-lines files")
-    if into.resolve() == shards.resolve():
-        raise UserError("the cleaned corpus would replace its source", str(into), "Name another folder with --into")
+    _check_replaceable(into, [shards, *files])
+    need_ray("curate-corpus", "data")
     size = sum(file.stat().st_size for file in files)
     need_disk(into, 2 * size)
     start_ray(os.cpu_count() or 1, OBJECT_STORE)
@@ -84,6 +88,20 @@ def curate_corpus(shards: Path, into: Path, near_duplicate: float) -> Cleaned:
     finally:
         ray.shutdown()
     return Cleaned(into, counts.pop("kept", 0), dict(counts))
+
+
+def _check_replaceable(into: Path, sources: Iterable[Path]) -> None:
+    """UserError unless `into` may go: the folder is replaced as a whole, with whatever lies in it."""
+    another = "Name another folder with --into"
+    if any(path.resolve().is_relative_to(into.resolve()) for path in sources):
+        raise UserError("the cleaned corpus would replace its source", str(into), another)
+    if not into.exists():
+        return
+    if not into.is_dir():
+        raise UserError("this is a file", str(into), another)
+    ours = (into / "quarantine").is_dir() and (into / REPORT).is_file()
+    if any(into.iterdir()) and not ours:
+        raise UserError("the folder holds something else, which would be removed", str(into), another)
 
 
 # --- who stays -------------------------------------------------------------------------------------------------------
@@ -177,7 +195,7 @@ def _write(files: list[Path], folder: Path, dropped: Any, counts: Counter[str]) 
     told = {"folder": folder, "dropped": dropped}
     for done in shards.map_batches(_write_shard, fn_kwargs=told, batch_size=1, batch_format="numpy").iter_rows():
         counts[str(done["reason"])] += int(done["rows"])
-    write_json(folder / "report.json", {"kept": counts["kept"], "dropped": {k: v for k, v in counts.items() if k != "kept"}})
+    write_json(folder / REPORT, {"kept": counts["kept"], "dropped": {k: v for k, v in counts.items() if k != "kept"}})
 
 
 def _write_shard(shard: dict[str, np.ndarray], folder: Path, dropped: Any) -> dict[str, list[Any]]:

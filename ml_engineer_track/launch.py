@@ -1,7 +1,7 @@
 """Has the fine-tuning done: by this process, or by workers that torchrun or Ray Train starts, watches and starts again.
 
     make ml ENGINE=torchrun WORKERS=2 [STRATEGY=fsdp]
-    make ml ENGINE=ray WORKERS=2                          needs the extra: pip install -e '.[ray]'
+    make ml ENGINE=ray WORKERS=2                          needs the extra [ray], which it installs
 
 Why an ML engineer leaves this to them: in a long run on many machines one of them will fail. Both starters notice a lost
 worker, end the rest of the group and start a new one, which goes on from the last checkpoint; RESTARTS times, then they give up.
@@ -76,7 +76,7 @@ def check(settings: Settings) -> None:
         fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise UserError(f"{workers} workers cannot share the {rows} rows of a step evenly", "WORKERS", f"Use one of: {fitting}")
     if settings.engine == "ray":
-        need_ray("ENGINE=ray")
+        need_ray("ENGINE=ray", "train")
     here = torch.cuda.device_count()
     if settings.engine != "local" and "RAY_ADDRESS" not in os.environ and 0 < here < workers // nodes():
         raise UserError(f"{workers // nodes()} workers need as many GPUs, and here are {here}", "WORKERS", f"Use at most {here}")

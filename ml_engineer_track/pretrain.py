@@ -19,7 +19,7 @@ import json
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -399,9 +399,3 @@ def _minilm_embeddings(tokenizer: PreTrainedTokenizerFast, width: int) -> torch.
     reduced = centred @ basis.T
     result[known] = reduced / reduced.std()
     return result * 0.05
-
-
-def with_steps(edition: Edition, steps: int) -> Edition:
-    """The same edition, every stage shortened or lengthened so that all have about `steps` in sum."""
-    factor = steps / edition.steps
-    return replace(edition, stages=tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in edition.stages))

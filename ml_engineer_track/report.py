@@ -27,7 +27,7 @@ from ml_engineer_track.publish import Published
 from ml_engineer_track.quantize import Variants
 from shared.files import write_json, write_text
 from shared.metrics import Estimate
-from shared.page import document, heading, paragraph, svg, table
+from shared.page import document, heading, links, paragraph, svg, table
 from shared.settings import Settings
 
 #: label, key in Scores.figures; the order of every quality table
@@ -65,6 +65,16 @@ TERMINAL = (
 HATCHES = ("", "//", "..", "xx", "--", "\\\\")
 LINES = ("ko-", "ks--", "k^:", "kd-.", "kx-")
 SHOWN_SAMPLES = 10
+#: pages that other commands leave beside this one, and what they answer
+STUDIES = (
+    ("distill", "A student of a third of the size: what it keeps (make distill)"),
+    ("low_bits", "Below four bits: quality against size (make quantize BITS=2)"),
+    ("kernels", "The Triton kernels: right, and how fast (make kernels)"),
+    ("tune", "The preset's settings beside the best found (make tune)"),
+    ("accounting", "Memory and FLOPs of a training step, predicted and measured (make accounting)"),
+    ("drift", "The watch for drift, on weeks of which we know what happened (make drift-study)"),
+    ("loop", "What the product got wrong becomes the next model (make loop)"),
+)
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ def page(run: Run) -> str:
     """The report for people."""
     title = f"From leaflets to a 4-bit model: {run.published.version}"
     parts = [opening(run), quality(run), training(run), latency(run), data(run), samples(run), time(run)]
-    return document(title, [heading(title, 1), *parts])
+    return document(title, [heading(title, 1), *parts, studies(run.settings.artifacts / "reports")])
 
 
 def opening(run: Run) -> str:
@@ -312,6 +322,12 @@ def samples(run: Run) -> str:
 def time(run: Run) -> str:
     rows = [[stage, f"{seconds:.1f}"] for stage, seconds in run.seconds.items()]
     return heading("Time") + table(["stage", "seconds"], [*rows, ["sum", f"{sum(run.seconds.values()):.1f}"]])
+
+
+def studies(folder: Path) -> str:
+    """Links to the pages that are there; nothing when there are none."""
+    found = [(says, f"{name}.html") for name, says in STUDIES if (folder / f"{name}.html").exists()]
+    return heading("Further studies") + links(found) if found else ""
 
 
 def quality_chart(scores: dict[str, Scores], shown: Sequence[tuple[str, str]]) -> str:

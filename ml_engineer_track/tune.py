@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ml_engineer_track.accounting import read_config, skeleton
+from ml_engineer_track.checkpoint import Diverged
 from ml_engineer_track.curate import CuratedData, Row
 from ml_engineer_track.finetune import encode, finetune, plan_batches
 from ml_engineer_track.models import load_tokenizer
@@ -107,9 +108,7 @@ def objective(search: Search, trial: optuna.Trial) -> float:
 
     try:
         return train(search, values, search.settings.seed, watch)
-    except UserError as error:
-        if not error.what.startswith("training diverged"):
-            raise
+    except Diverged:
         raise optuna.TrialPruned from None
 
 

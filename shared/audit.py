@@ -28,6 +28,7 @@ from shared.errors import UserError
 from shared.settings import ROOT
 
 REPORTS = ROOT / "artifacts" / "reports"
+INSTALL = "pip install -c torch.txt -c constraints.txt -e '.[audit]'"
 #: Words of licences under which the product may be given on: with conditions on the work itself, not on what uses it.
 PERMITTED = (
     "MIT",
@@ -110,7 +111,7 @@ def run(reports: Path = REPORTS) -> list[str]:
         try:
             metadata.version(package)
         except metadata.PackageNotFoundError:
-            raise UserError(f"{package} ({module}) is not installed", "this environment", "pip install -e '.[audit]'") from None
+            raise UserError(f"{package} ({module}) is not installed", "this environment", INSTALL) from None
     reports.mkdir(parents=True, exist_ok=True)
     licences = ["-m", "piplicenses", "--format=json", "--with-urls", "--output-file", str(reports / "licences.json")]
     bill = ["-m", "cyclonedx_py", "environment", "--of", "JSON", "-o", str(reports / "sbom.json")]

@@ -5,6 +5,7 @@
     artifacts/models/<version>/assets/...         what else was trained for the product, such as the ranker
     artifacts/models/<version>/SHA256SUMS         checksums of the manifest and the model card (`sha256sum -c` reads it, too)
     artifacts/models/current                      one line: the version consumers use
+    artifacts/models/previous                     those before it, the newest first: where a rollback goes to
 
 A version is written to a temporary folder and renamed into place; `current` moves only after verification. A wrong byte, a
 missing file, a file nobody published or a manifest from the future is refused with an error that says which. Checksums find
@@ -37,6 +38,8 @@ MODELS = ROOT / "artifacts" / "models"
 #: folder of the assets inside a version; no variant may be called so
 ASSETS = "assets"
 SUMS = "SHA256SUMS"
+#: versions in `previous`: one to go back to, and one should power fail while the first is written
+REMEMBERED = 2
 
 
 class _Strict(BaseModel):
@@ -268,9 +271,37 @@ def current(models: Path = MODELS) -> Path:
     return folder
 
 
-def set_current(models: Path, version: str) -> None:
-    """Point `current` at a version: one atomic rename."""
+def earlier(models: Path) -> list[str]:
+    """The versions that were current before the current one, the newest first.
+
+    `previous` is written before `current` moves: when power fails between the two it names the current version itself, and what
+    counts stands below that.
+    """
+    try:
+        found = (models / "previous").read_text(encoding="utf-8").split()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return []
+    now = _pointed_to(models)
+    return found[found.index(now) + 1 :] if now in found else found
+
+
+def set_current(models: Path, version: str, remember: bool = True) -> None:
+    """Point `current` at a version: one atomic rename. The one it leaves is remembered first, unless it is the same.
+
+    With `remember` False it goes back: what is left is not to be come back to.
+    """
+    left = _pointed_to(models)
+    if remember and left not in (None, version):
+        before = [left, *(name for name in earlier(models) if name not in (left, version))]
+        write_text(models / "previous", "".join(f"{name}\n" for name in before[:REMEMBERED]))
     write_text(models / "current", version + "\n")
+
+
+def _pointed_to(models: Path) -> str | None:
+    try:
+        return current(models).name
+    except UserError:
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

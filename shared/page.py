@@ -39,6 +39,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead>{line(head, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
 
 
+def links(targets: Sequence[tuple[str, str]]) -> str:
+    """A list of links; each is what it says and where it leads, both text."""
+    items = (f'<li><a href="{html.escape(where)}">{html.escape(says)}</a></li>' for says, where in targets)
+    return f"<ul>{''.join(items)}</ul>"
+
+
 def svg(figure: Any) -> str:
     """A matplotlib figure as inline SVG; the figure is closed by the caller."""
     for axes in figure.axes:

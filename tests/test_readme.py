@@ -234,12 +234,13 @@ ML, AI = "python -m ml_engineer_track run", "python -m ai_engineer_track run"
         ("ai", ["LLM_BASE_URL=http://127.0.0.1:9/v1"], [ML, AI]),
         ("demo", [], [ML, ML, AI]),
         ("serve", [], [ML, "python -m ai_engineer_track serve"]),
+        ("serve", ["REPLICAS=3"], [ML, "python -m ai_engineer_track serve-ray"]),
     ],
 )
 def test_a_target_of_the_product_makes_the_model_first(target: str, given: list[str], expected: list[str]) -> None:
     """What would be run, in order; that `ML` is skipped where a model exists is the next test."""
     done = subprocess.run(["make", "-n", target, *given], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.findall(r"python -m \w+_engineer_track \w+", done.stdout) == expected
+    assert re.findall(r"python -m \w+_engineer_track [\w-]+", done.stdout) == expected
 
 
 @pytest.mark.parametrize("target", ["ai", "serve"])
@@ -263,6 +264,54 @@ def test_a_model_is_only_made_where_there_is_none(
     asked = (tmp_path / "asked").read_text(encoding="utf-8").split("\n")[:-1]
     last = f"-m ai_engineer_track {'run' if target == 'ai' else 'serve'}"
     assert asked == (["-m ml_engineer_track run", last] if makes_one else [last])
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "with_ray"),
+    [
+        ("ml", [], False),
+        ("ml", ["ENGINE=torchrun"], False),
+        ("ml", ["ENGINE=ray"], True),
+        ("serve", [], False),
+        ("serve", ["REPLICAS=2"], True),
+        ("replicas", [], True),
+        ("scaling", [], False),
+        ("curate-corpus", ["SHARDS=a", "INTO=b"], True),
+    ],
+)
+def test_a_target_that_needs_ray_installs_it_first(target: str, given: list[str], with_ray: bool) -> None:
+    done = subprocess.run(["make", "-n", "-o", "setup", target, *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("-c torch.txt -c constraints.txt -e '.[ray]'" in done.stdout) == with_ray
+    if with_ray:
+        assert done.stdout.index("[ray]") < done.stdout.rindex("python -m")
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "command"),
+    [
+        ("replicas", ["REPLICAS=3"], 'benchmarks replicas --replicas "3"'),
+        ("scaling", ["WORKERS=4"], 'benchmarks scaling --workers "4"'),
+        ("drift-study", [], "ml_engineer_track drift-study"),
+        ("curate-corpus", ["SHARDS=a", "INTO=b"], 'ml_engineer_track curate-corpus "a" --into "b"'),
+    ],
+)
+def test_a_target_passes_on_what_it_was_given(target: str, given: list[str], command: str) -> None:
+    done = subprocess.run(["make", "-n", "-o", "setup", target, *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith(f"python -m {command}")
+
+
+def test_a_corpus_without_a_folder_to_clean_it_into_is_one_line() -> None:
+    done = subprocess.run(["make", "-o", "setup", "curate-corpus", "SHARDS=a"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: SHARDS=<folder of *.jsonl> and INTO=<folder> are needed\n")
+
+
+def test_every_target_is_phony_and_stands_apart() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)
+    assert phony
+    assert sorted(phony[1].split()) == sorted(re.findall(r"^([a-z][a-z-]*):", text, flags=re.MULTILINE))
+    assert not re.search(r"^[^\n#][^\n]*\n[a-z][a-z-]*:", text, flags=re.MULTILINE)
 
 
 def test_help_lists_every_target() -> None:

@@ -24,7 +24,7 @@ OLDEST = (8, 0)
 def need_triton(wanted_by: str, gpu: bool = True) -> None:
     """UserError, one line, when Triton is missing or, with `gpu`, when there is nothing here that it can run on."""
     if not HAS_TRITON:
-        fix = "pip install 'two-engineers[kernels]' (Linux only)"
+        fix = "pip install -c torch.txt -c constraints.txt -e '.[kernels]' (Linux only)"
         raise UserError(f"{wanted_by} needs Triton, which is not installed", "this environment", fix)
     if not gpu or INTERPRETED:
         return

@@ -7,7 +7,8 @@ ask about something else, or in another way, its figures are about a product tha
 
 Seven tests watch what is asked (its meaning, its topic, its length, its distance from the library) and what came of it (the
 judge's score, the share answered, the share refused). Each is a bet that nothing changed (`betting.py`), and an alarm is raised
-when their mean reaches 1 / ALPHA: once in a hundred weeks at most by chance, however often one looks. Beside that stand two
+when their mean reaches 1 / ALPHA: once in a hundred weeks at most by chance, however often one looks, and however often the
+reference is used up and dealt anew (`wealth`). Beside that stand two
 measures of how much changed, each with its chance for *one* look: the maximum mean discrepancy with a permutation test (Gretton
 et al., *A kernel two-sample test*, JMLR 13, 2012), and the population stability index, which over its chance level is
 chi-squared (Yurdakul & Naranjo, *Statistical properties of the population stability index*, 2020).
@@ -101,7 +102,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one test found. `evidence` is the highest wealth of its bet: 100 is as surprising as one chance in 100.
+    """What one test found. `evidence` is the highest wealth of its bet, at least 1: 100 is as surprising as one chance in 100.
 
     `before` and `now` are means (words, shares, scores); `amount` is the PSI of topics and lengths, the squared MMD of the
     meaning; `chance` its probability in a single look if nothing changed.
@@ -251,9 +252,9 @@ def compare(reference: Window, current: Window, topics: Sequence[str], alpha: fl
     mean = np.mean([np.exp(path) for path in paths.values()], axis=0)
     over = np.flatnonzero(mean >= 1 / alpha)
     drifted = len(over) > 0
+    highest = {name: max(1.0, float(np.exp(path.max()))) for name, path in paths.items()}
     tests = [
-        _test(name, float(np.exp(path.max())), drifted and float(np.exp(path.max())) >= 1 / alpha, reference, current, topics)
-        for name, path in paths.items()
+        _test(name, evidence, drifted and evidence >= 1 / alpha, reference, current, topics) for name, evidence in highest.items()
     ]
     since = float(current.time[over[0]]) if drifted else None
     seen = f"{m:,} messages now beside {n:,} before"
@@ -281,7 +282,12 @@ def too_little(reference: int, current: int) -> Verdict | None:
 
 
 def wealth(reference: Window, current: Window, topics: int) -> dict[str, Array]:
-    """test -> (n,) log wealth after each message. When the reference is used up a new round begins with a new shuffle.
+    """test -> (n,) log wealth after each message. When the reference is used up the next deal of it begins, in a new order.
+
+    Every deal begins with a wealth of its own, and has a chance of its own to cry wolf: with the same threshold for each, a small
+    reference and a long week would add up to many times ALPHA. So what is won in deal k counts for 1 / (k (k + 1)) of itself:
+    it would have to reach k (k + 1) / ALPHA, which happens with a probability of ALPHA / (k (k + 1)) at most, and these add up
+    to ALPHA over all deals there can be. The first deal, which nearly every week ends in, begins at 1/2.
 
     What stands after a message never depends on later ones, so the same call an hour later goes on where this one ended.
     """
@@ -299,7 +305,8 @@ def wealth(reference: Window, current: Window, topics: int) -> dict[str, Array]:
         for name in ("distance", "score", "answered", "refused"):
             payoffs[name] = betting.bet_on_mean(getattr(current, name)[part], getattr(reference, name), dealt)
         for name, gained in payoffs.items():
-            paths[name].append(betting.log_wealth(gained, two_sided=name in ("distance", "score", "answered", "refused")))
+            won = betting.log_wealth(gained, two_sided=name in ("distance", "score", "answered", "refused"))
+            paths[name].append(won - np.log((turn + 1) * (turn + 2)))
         begin, turn = part.stop, turn + 1
     return {name: np.concatenate(parts) for name, parts in paths.items()}
 

@@ -152,7 +152,10 @@ def week(messages: Window, number: int) -> tuple[Window, Window]:
 
 
 def alarm(messages: Window, number: int, topics: int) -> tuple[float, str] | None:
-    """When the first hourly check of a week that raises an alarm is made, and which test had most to say; None without one."""
+    """When the first hourly check of a week that raises an alarm is made, and which test had most to say; None without one.
+
+    The threshold is `drift.compare`'s: the same for every message, because `drift.wealth` counts a later deal for less.
+    """
     reference, current = week(messages, number)
     paths = drift.wealth(reference, current, topics)
     over = np.flatnonzero(np.mean([np.exp(path) for path in paths.values()], axis=0) >= 1 / ALPHA)

@@ -6,6 +6,12 @@ rows nothing is significant. A non-inferiority test turns it round (Piaggio et a
 read, and the whole interval of the paired difference must lie above it. Intervals are paired bootstrap intervals over rows, 95
 %.
 
+Why "better" is asked of the failures alone: they are where the current model is known to be wrong, so whoever learnt something
+must show it there. Nothing was missing on the frozen test split, and a candidate that was given the missing kind of question
+cannot be expected to gain there; "better" would refuse it for having nothing to mend. Nor would a difference of at least 0 do:
+of two equally good models every second one comes out a hair below. So the test split is only guarded, by the margin; what many
+turns lose within it shows in the figures that `python -m ml_engineer_track models` lists.
+
     evidence      frozen test split, evidence F1                        not worse by loop.gate.evidence_margin
     failures      labels nobody trained on, evidence F1 or probability  better
     emergencies   log-probability of escalating real ones               not worse by loop.gate.emergency_margin, nats

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from ml_engineer_track.checkpoint import Diverged
 from ml_engineer_track.lifecycle import drift, registry, report, tracking
 from ml_engineer_track.lifecycle.collect import Collected, collect, reason_to_retrain
 from ml_engineer_track.lifecycle.exam import Exam, Reading, keep, make_exam, read_once, take_exam
@@ -39,14 +40,17 @@ More = Callable[[], bool]
 
 
 def watch(settings: Settings) -> None:
-    """Look again and again until the process is ended. The lock is held all the time."""
+    """Look again and again until the process is ended. The lock is held all the time.
+
+    What a person can put right (a full disk, a damaged file) is said in a line, and the next look goes on where this one was.
+    """
     options = loop_of(settings)
     with only_one(settings):
         while True:
             try:
                 look(settings)
-            except UserError as error:  # a full disk, a damaged file: the next look may find it put right
-                print(f"loop: {error}", flush=True)
+            except (UserError, OSError) as error:
+                print(f"loop: {' '.join(str(error).split())}; the next look is in {options.every_seconds:g} s", flush=True)
             time.sleep(options.every_seconds)
 
 
@@ -60,6 +64,9 @@ def look(settings: Settings, more: More = lambda: False, extra: dict[str, list[Q
 
     `extra` questions are put to both models and reported; nothing is decided on them.
     """
+    for ended in turns(folder(settings)):
+        if ended.end:
+            ended.tidy()  # power failed between its end and this
     turn = open_turn(folder(settings)) or begin(settings)
     if turn is None:
         return None
@@ -98,7 +105,7 @@ def go_on(settings: Settings, turn: Turn, more: More, extra: dict[str, list[Ques
     begun, parent = turn.get("begin", Begin), models(settings) / turn.get("begin", Begin).parent
     try:
         candidate = make_candidate(settings, turn, parent, begun, extra)
-    except UserError as error:
+    except Diverged as error:  # anything else (a full disk, too little memory) may be put right: the turn stays open
         return end(turn, End(result="failed", why=str(error)))
     checks = turn.once("checks", list[Check], lambda: examine(settings, turn, parent, models(settings) / candidate))
     for check in checks:
@@ -126,8 +133,8 @@ def go_on(settings: Settings, turn: Turn, more: More, extra: dict[str, list[Ques
 
 
 def make_candidate(settings: Settings, turn: Turn, parent: Path, begun: Begin, extra: dict[str, list[Question]]) -> str:
-    """Retrained, asked everything, published beside the others. UserError when the training diverges."""
-    collected, work = _collected(turn), turn.folder / "work"
+    """Retrained, asked everything, published beside the others. Diverged when the training does."""
+    collected, work = _collected(turn), turn.work
     before = [_collected(earlier) for earlier in turns(folder(settings)) if _was_promoted(earlier)]
     trained = turn.once("trained", Trained, lambda: retrain(settings, parent, collected, before, work))
     exam = turn.once("exam", Exam, lambda: make_exam(settings, Path(trained.ranker), collected, extra, work / "exam"))
@@ -198,6 +205,8 @@ def on_trial(settings: Settings, turn: Turn, parent: str, candidate: str, more: 
 def end(turn: Turn, how: End) -> None:
     step("before the end")
     turn.put("end", End, how)
+    step("ended")
+    turn.tidy()
     print(f"loop: turn {turn.number} {how.result}{f' ({how.candidate})' if how.candidate else ''}: {how.why}", flush=True)
 
 

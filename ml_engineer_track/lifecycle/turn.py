@@ -2,7 +2,8 @@
 
 Why an ML engineer writes this down instead of keeping it in a process: a turn takes minutes of training and hours of trial, and
 machines restart. Each stage leaves one file, written aside and renamed; a stage whose file is there is never done twice, and
-the turn goes on at the first one that is missing.
+the turn goes on at the first one that is missing. What the stages made on the way (`work/`: data, checkpoints, unpublished
+weights) is several times the size of a model and goes with the turn's end.
 
     artifacts/loop/turns/0003/collected.json, trained.json, candidate.json, checks.json, shadow.json, canary.json, end.json
 """
@@ -10,6 +11,7 @@ the turn goes on at the first one that is missing.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -61,6 +63,14 @@ class Turn:
     def end(self) -> End | None:
         return self.get("end", End)
 
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    def tidy(self) -> None:
+        """Remove what only an unfinished turn needs. A file that cannot be removed is left to the next time."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
     def once(self, name: str, kind: Any, work: Callable[[], T]) -> T:
         """What the stage `name` found: read when it is done, else done now and kept."""
         known: T | None = self.get(name, kind)
@@ -98,8 +108,9 @@ def open_turn(loop: Path) -> Turn | None:
 
 
 def new_turn(loop: Path, begin: Begin, collected: Collected) -> Turn:
-    """A turn exists once its beginning is written, and that comes last."""
-    turn = Turn(loop / "turns" / f"{len(turns(loop)) + 1:04d}")
+    """A turn exists once its beginning is written, and that comes last. One that is there is never written over."""
+    number = 1 + max((turn.number for turn in turns(loop)), default=0)
+    turn = Turn(loop / "turns" / f"{number:04d}")
     turn.put("collected", Collected, collected)
     step("collected")
     turn.put("begin", Begin, begin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,6 @@ def test_a_place_orders_rows_by_shard_and_line_and_says_what_is_malformed(tmp_pa
 def test_a_folder_without_shards_and_one_that_would_overwrite_itself_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(UserError, match="no shards here"):
         r.curate_corpus(tmp_path, tmp_path / "clean", 0.8)
     (tmp_path / "a.jsonl").write_text("", encoding="utf-8")
@@ -87,6 +87,53 @@ def test_a_folder_without_shards_and_one_that_would_overwrite_itself_are_refused
         r.curate_corpus(tmp_path, tmp_path, 0.8)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="Ray is not installed"):
+        r.curate_corpus(tmp_path, tmp_path / "clean", 0.8)
+
+
+@pytest.mark.parametrize(
+    ("shards", "into", "says"),
+    [
+        ("data/q", "data", "would replace its source"),
+        ("data/q", "data/../data/q", "would replace its source"),
+        ("linked", "data", "would replace its source"),
+        ("data/q", "full", "holds something else"),
+        ("data/q", "half", "holds something else"),
+        ("data/q", "full/notes.txt", "this is a file"),
+    ],
+)
+def test_no_folder_is_replaced_that_the_command_did_not_write(tmp_path: Path, shards: str, into: str, says: str) -> None:
+    """`curate-corpus data/q --into data` removed the questions, and `--into datasets` the data sets."""
+    for name in ("data/q/a.jsonl", "full/notes.txt", "half/quarantine/mine.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("mine\n", encoding="utf-8")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.jsonl").symlink_to(tmp_path / "data" / "q" / "a.jsonl")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=says) as caught:
+        r.curate_corpus(tmp_path / shards, tmp_path / into, 0.8)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("earlier", [[], ["quarantine/a.jsonl", "report.json", "a.jsonl"]])
+def test_an_empty_folder_and_what_the_command_left_before_may_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: list[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text("", encoding="utf-8")
+    (tmp_path / "clean").mkdir()
+    for name in earlier:
+        (tmp_path / "clean" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "clean" / name).write_text("", encoding="utf-8")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="Ray is not installed"):  # the next thing that is looked at
+        r.curate_corpus(tmp_path, tmp_path / "clean", 0.8)
+
+
+def test_ray_without_its_part_for_data_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("", encoding="utf-8")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(UserError, match=r"what ray\.data needs"):
         r.curate_corpus(tmp_path, tmp_path / "clean", 0.8)
 
 

@@ -268,8 +268,10 @@ def test_a_student_with_another_tokenizer_is_refused_before_any_training(
     other = AutoTokenizer.from_pretrained(settings.model)
     other.add_tokens(["<|new|>"])
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"the tokenizers differ \(8192 and 8193 tokens.* must share one tokenizer"):
+    with pytest.raises(UserError, match=r"the tokenizers differ \(8192 and 8193 tokens.* must share one tokenizer") as caught:
         ds.distill(settings, data, settings.model, student=str(tmp_path / "other"))
+    assert "\n" not in str(caught.value)
+    assert not list(settings.artifacts.rglob("distill-*"))
 
 
 def test_a_student_of_more_than_a_third_is_refused(make_settings: MakeSettings, data: CuratedData) -> None:

@@ -76,6 +76,15 @@ def test_without_ray_the_message_says_how_to_get_it(
         la.check(by(settings, settings.artifacts, "ray", 2))
 
 
+def test_ray_without_its_part_for_training_is_told_before_any_work(
+    settings: Settings, data: CuratedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "ray.train", None)
+    with pytest.raises(UserError, match=r"what ray\.train needs"):
+        la.check(by(settings, settings.artifacts, "ray", 2))
+
+
 def test_workers_are_spread_over_machines_evenly(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_NNODES", "1:3")
     assert la.nodes() == 3

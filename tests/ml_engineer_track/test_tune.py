@@ -13,6 +13,7 @@ import pytest
 
 from ml_engineer_track import tune as t
 from ml_engineer_track import tune_report as tr
+from ml_engineer_track.checkpoint import Diverged
 from ml_engineer_track.curate import CuratedData, curate
 from ml_engineer_track.tune import Search, Values
 from shared.errors import UserError
@@ -191,7 +192,7 @@ def test_a_diverged_trial_is_not_the_end(search: Search, monkeypatch: pytest.Mon
     def diverges(values: Values, seed: int) -> float:
         if values.close_to(search.preset):
             return 1.0
-        raise UserError("training diverged (validation loss nan)", "step 5", "Lower finetune.learning_rate")
+        raise Diverged("training diverged (validation loss nan)", "step 5", "Lower finetune.learning_rate")
 
     made_up(diverges, monkeypatch)
     t.tune(search, trials=3)

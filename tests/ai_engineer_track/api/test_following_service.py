@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ from ai_engineer_track.settings import load_ai_settings
 from shared import handoff, outcomes
 from shared import library as lib
 from shared.rollout import Rollout, clear_rollout, write_rollout
+from shared.settings import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -67,6 +71,15 @@ def version_of(client: TestClient) -> str:
     return str(client.get("/ready").json()["model_version"])
 
 
+def roll_back(models: Path) -> str:
+    """`make rollback`, as whoever is on duty gives it, from the repository; the last line it said."""
+    command = [sys.executable, "-m", "ml_engineer_track", "models", "rollback"]
+    environment = os.environ | {"ARTIFACTS": str(models.parent)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
 def until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not true():
@@ -100,7 +113,7 @@ def test_people_are_answered_through_a_trial_a_promotion_and_a_rollback(followin
         clear_rollout(models)
         until(lambda: version_of(client) == "m-2:stub")
         time.sleep(1)
-        handoff.set_current(models, "m-1")
+        assert roll_back(models) == "m-1 is current again"
         until(lambda: version_of(client) == "m-1:stub")
         time.sleep(1)
     finally:

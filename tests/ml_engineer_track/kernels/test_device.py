@@ -11,7 +11,7 @@ from shared.errors import UserError
 
 def test_where_triton_cannot_run_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "HAS_TRITON", False)
-    with pytest.raises(UserError, match=r"needs Triton, which is not installed .*kernels"):
+    with pytest.raises(UserError, match=r"needs Triton, which is not installed .* -e '\.\[kernels\]'"):
         device.need_triton("--kernel triton")
     monkeypatch.setattr(device, "HAS_TRITON", True)
     monkeypatch.setattr(device, "INTERPRETED", False)

@@ -123,10 +123,27 @@ def test_false_alarms_stay_within_the_promise(lens: Lens) -> None:
     assert alarms <= 13  # at 5 % more have a probability below 1 in 10,000
 
 
-def test_when_the_reference_is_used_up_a_new_round_begins(lens: Lens) -> None:
+def test_when_the_reference_is_used_up_it_is_dealt_anew_and_what_is_won_then_counts_for_less(lens: Lens) -> None:
+    """Deal k counts for 1 / (k (k + 1)): the chances of a false alarm add up to the promised one over all deals."""
     paths = d.wealth(lens(messages(120, 1)), lens(messages(300, 2)), len(lens.topics))
     assert all(len(path) == 300 for path in paths.values())
-    assert paths["length"][120] == pytest.approx(0)  # the first block of a round learns
+    # The first block of a deal learns; nothing is won or lost in it.
+    assert np.exp([paths["length"][place] for place in (0, 120, 240)]) == pytest.approx([1 / 2, 1 / 6, 1 / 12])
+
+
+def test_false_alarms_stay_within_the_promise_over_many_deals(lens: Lens) -> None:
+    pool = lens(messages(2_000, 5))
+    alarms = 0
+    for run in range(40):
+        rng = np.random.default_rng([11, run])
+        reference, current = (pool.take(rng.integers(0, 2_000, n)) for n in (100, 1_500))
+        paths = d.wealth(reference, current, len(lens.topics))
+        alarms += bool((np.mean([np.exp(p) for p in paths.values()], axis=0) >= 1 / 0.05).any())
+    assert alarms <= 9  # at 5 % more have a probability below 1 in 10,000
+
+
+def test_what_is_no_evidence_is_as_rare_as_one_chance_in_one(lens: Lens) -> None:
+    assert all(test.evidence >= 1 for test in compare(lens, messages(900, 1), messages(300, 2)).tests)
 
 
 @pytest.mark.parametrize(("before", "now"), [(99, 500), (500, 99), (0, 0)])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ml_engineer_track.checkpoint import Diverged
 from ml_engineer_track.lifecycle import loop as l
 from ml_engineer_track.lifecycle import turn as t
+from ml_engineer_track.lifecycle.collect import Collected
 from ml_engineer_track.lifecycle.exam import Exam, Reading
 from ml_engineer_track.lifecycle.gate import Check
 from ml_engineer_track.lifecycle.retrain import Trained
@@ -152,7 +155,7 @@ def test_a_training_that_diverges_ends_the_turn_with_a_line(
     begun: Settings, quick: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def diverges(*given: Any) -> Trained:
-        raise UserError("training diverged (validation loss nan)", "step 125", "Lower finetune.learning_rate")
+        raise Diverged("training diverged (validation loss nan)", "step 125", "Lower finetune.learning_rate")
 
     quick(retrain=diverges)
     turn = l.look(begun)
@@ -161,6 +164,26 @@ def test_a_training_that_diverges_ends_the_turn_with_a_line(
     assert turn.end.result == "failed"
     assert "training diverged" in capsys.readouterr().out.splitlines()[-1]
     assert served(begun) == "m-old"
+
+
+@pytest.mark.parametrize("stage", ["retrain", "take_exam", "publish_candidate"])
+def test_what_can_be_put_right_leaves_the_turn_open_and_its_labels_untried(
+    begun: Settings, quick: Callable[..., None], people: Callable[..., l.More], stage: str
+) -> None:
+    works = getattr(l, stage)
+
+    def fails(*given: Any) -> Any:
+        raise UserError("not enough memory", stage, "Set VRAM_GB")
+
+    quick(**{stage: fails})
+    with pytest.raises(UserError, match="not enough memory"):
+        l.look(begun)
+    (turn,) = t.turns(l.folder(begun))
+    assert turn.end is None
+    quick(**{stage: works})
+    again = l.look(begun, people())
+    assert again is not None
+    assert (again.number, again.end and again.end.result) == (1, "promoted")
 
 
 @pytest.mark.usefixtures("quick")
@@ -198,6 +221,69 @@ def test_nothing_to_do(settings: Settings, publish_version: Callable[..., Path],
     assert l.look(settings) is None
     assert "nothing to do" in capsys.readouterr().out
 
+
+# --- the watch -------------------------------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    """How the tests end a watch."""
+
+
+@pytest.fixture
+def naps(begun: Settings, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds a watch was to sleep. It does not, nobody else gets its lock meanwhile, and the third time it is stopped."""
+    asked: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        with pytest.raises(UserError, match="another loop is running"), l.only_one(begun):
+            pass
+        asked.append(seconds)
+        if len(asked) == 3:
+            raise StoppedError
+
+    monkeypatch.setattr(l.time, "sleep", sleep)
+    return asked
+
+
+@pytest.mark.parametrize("error", [UserError("a record is damaged", "x.json", "Remove it"), OSError(28, "No space\nleft")])
+def test_a_watch_goes_on_after_what_can_be_put_right_and_is_the_only_one(
+    begun: Settings, naps: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def look(settings: Settings) -> None:
+        if len(naps) == 1:
+            raise error
+
+    monkeypatch.setattr(l, "look", look)
+    with pytest.raises(StoppedError):
+        l.watch(begun)
+    assert begun.loop is not None
+    assert naps == [begun.loop.every_seconds] * 3
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("loop: ")
+    with l.only_one(begun):
+        pass  # it let go
+
+
+@pytest.mark.usefixtures("naps")
+def test_a_disk_that_was_full_for_an_hour_costs_a_watch_one_look(begun: Settings, quick: Callable[..., None]) -> None:
+    works, calls = l.retrain, iter(range(9))
+
+    def full_once(*given: Any) -> Any:
+        if next(calls) == 0:
+            raise OSError(28, "No space left on device")
+        return works(*given)
+
+    quick(retrain=full_once)
+    with pytest.raises(StoppedError):
+        l.watch(begun)
+    (turn,) = t.turns(l.folder(begun))
+    assert turn.end is None
+    rollout = read_rollout(l.models(begun))
+    assert rollout is not None
+    assert rollout.candidate == "m-new"
+
+
+# --- where power fails -----------------------------------------------------------------------------------------------
 
 STEPS = [
     "collected", "begun", *(f"{stage}: {when}" for stage in ("trained", "exam", "candidate", "checks")
@@ -258,6 +344,58 @@ def test_power_fails_while_a_rollback_is_written(begun: Settings, people: Callab
     assert turn is not None
     assert turn.end is not None
     assert turn.end.result == "rolled back"
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_what_a_turn_worked_on_goes_with_its_end(
+    begun: Settings, quick: Callable[..., None], people: Callable[..., l.More], fork: Any
+) -> None:
+    """Also when power fails between the two."""
+    trains = l.retrain
+
+    def leaves_files(settings: Settings, current: Path, collected: Any, before: Any, work: Path) -> Trained:
+        (work / "finetune").mkdir(parents=True)
+        (work / "finetune" / "optimizer.pt").write_bytes(b"much")
+        return trains(settings, current, collected, before, work)
+
+    quick(retrain=leaves_files)
+    turn = l.look(begun)
+    assert turn is not None
+    assert (turn.work / "finetune" / "optimizer.pt").exists()  # the trial goes on
+
+    def work() -> None:
+        os.environ[t.DIE_AT] = "ended"
+        l.look(begun, people())
+
+    process = fork.Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -9
+    assert turn.end is not None
+    assert turn.work.exists()
+    assert l.look(begun) is None
+    assert not turn.work.exists()
+    assert {path.name for path in turn.folder.iterdir()} >= {"begin.json", "exam.json", "candidate.json", "end.json"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_turn_leaves_no_work_behind(begun: Settings, people: Callable[..., l.More]) -> None:
+    waiting = l.look(begun)
+    assert waiting is not None
+    waiting.work.mkdir(exist_ok=True)
+    ended = l.look(begun, people())
+    assert ended is not None
+    assert ended.end is not None
+    assert not ended.work.exists()
+
+
+def test_no_turn_is_written_over(tmp_path: Path) -> None:
+    """The first was removed by hand: the next one is the fourth, and not the third once more."""
+    nothing = Collected(id="fb-1", taught=[], examined=[], decided=[], counts={}, notes=[])
+    begin = t.Begin(parent="m-old", reason="60 new labels")
+    made = [t.new_turn(tmp_path, begin, nothing) for _ in range(3)]
+    shutil.rmtree(made[0].folder)
+    assert t.new_turn(tmp_path, begin, nothing).number == 4
 
 
 def test_a_damaged_record_of_a_stage_is_named(tmp_path: Path) -> None:
