@@ -9,8 +9,8 @@ pairs of answers, a radius that the true difference is outside of at any time wi
 estimated and nothing is asymptotic; the price is a wide interval while there are few answers.
 
 What is scored: whether a person got an answer whose quotations stand in the library word for word, or was rightly sent on. The
-judge counts only where it was measured to agree with people (`judge_trusted`): the bundled model's judge agrees as often as
-chance, and what is decided on chance is decided by a coin.
+judge counts only where it was measured to agree with the labels of the data sets (`judge_trusted`): the bundled model's judge
+agrees as often as chance, and what is decided on chance is decided by a coin.
 """
 
 from __future__ import annotations
