@@ -333,6 +333,7 @@ def test_a_failing_last_stage_leaves_the_current_model_and_earlier_results(
     assert handoff.current(quick.artifacts / "models").name == "m-old"
     assert run(changed) == redone_from("publish")
     assert handoff.current(quick.artifacts / "models").name == "m-1"
+    assert handoff.earlier(quick.artifacts / "models") == ["m-old"]  # where `make rollback` goes to
 
 
 # --- mistakes are one line -------------------------------------------------------------------------------------------

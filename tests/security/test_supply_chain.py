@@ -69,7 +69,7 @@ def test_without_the_tools_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(audit.metadata, "version", gone)
-    with pytest.raises(UserError, match=r"pip install -e '.\[audit\]'"):
+    with pytest.raises(UserError, match=r"pip install -c torch.txt -c constraints.txt -e '.\[audit\]'"):
         audit.run(tmp_path)
 
 
