@@ -55,11 +55,12 @@ SECTION, FAMILY = "treatment", "urinary"
 BATCH, BATCHES, POISONED, READY_SECONDS = 40, 40, 150, 300.0
 #: without people after each batch of a shadow's trial: time for the messages that wait for it (ai_engineer_track/rollout.py)
 QUIET_SECONDS = 10.0
-#: by so much the score on the missing kind must rise, and elsewhere none may fall by its margin (lower end of the interval)
+#: by so much the score on the missing kind must rise; on the frozen test split none may fall by the gate's margin (lower end of
+#: the interval). What the rest of the test split alone lost is shown beside it.
 GAIN = 0.15
 MISSING_KIND = f"missing: answered by a section {SECTION} (held back)"
 MISSING_FAMILY = f"missing: about leaflets of the family {FAMILY} (held back)"
-EVERYTHING_ELSE, REFUSALS = "test split, everything else", "test split, correct refusals"
+TEST_SPLIT, REFUSALS = "test split", "test split, correct refusals"
 REVIEWERS = ["simulated reviewer 1", "simulated reviewer 2"]
 
 
@@ -288,8 +289,9 @@ def figures(settings: Settings, split: Split, seconds: dict[str, float]) -> dict
     parts: dict[str, tuple[str, list[str]]] = {
         MISSING_KIND: ("kind", list(was.scores.get("kind", {}))),
         MISSING_FAMILY: ("family", list(was.scores.get("family", {}))),
-        f"test split, answered by a section {SECTION}": ("test", [i for i in test if i in of_kind]),
-        EVERYTHING_ELSE: ("test", [i for i in test if i not in of_kind]),
+        TEST_SPLIT: ("test", test),
+        f"of these, answered by a section {SECTION}": ("test", [i for i in test if i in of_kind]),
+        "of these, everything else": ("test", [i for i in test if i not in of_kind]),
         REFUSALS: ("refusals", list(was.scores["refusals"])),
     }
     rows, measured = [], {}
@@ -327,7 +329,7 @@ def goals(measured: dict[str, dict[str, Any]], ends: Sequence[End | None], gate:
             says=f"{gained['value']:+.3f} [{gained['low']:+.3f}, {gained['high']:+.3f}], n {gained['n']}",
         )
     ]
-    for name, margin in ((EVERYTHING_ELSE, gate.evidence_margin), (REFUSALS, gate.refusal_margin)):
+    for name, margin in ((TEST_SPLIT, gate.evidence_margin), (REFUSALS, gate.refusal_margin)):
         lost = measured[name]["difference"]
         says = f"{lost['value']:+.3f} [{lost['low']:+.3f}, {lost['high']:+.3f}], n {lost['n']}; may lose {margin:g}"
         found.append(Goal(name=f"nothing is lost: {name}", met=lost["low"] >= -margin, says=says))

@@ -67,7 +67,7 @@ def measured(kind: float = 0.2, lost: float = 0.0) -> dict[str, dict[str, Any]]:
     def difference(value: float) -> dict[str, Any]:
         return {"difference": {"value": value, "low": value - 0.04, "high": value + 0.04, "n": 200}}
 
-    return {d.MISSING_KIND: difference(kind), d.EVERYTHING_ELSE: difference(lost), d.REFUSALS: difference(0.01)}
+    return {d.MISSING_KIND: difference(kind), d.TEST_SPLIT: difference(lost), d.REFUSALS: difference(0.01)}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def measured(kind: float = 0.2, lost: float = 0.0) -> dict[str, dict[str, Any]]:
     [
         (measured(), [an_end("promoted"), an_end("refused")], []),
         (measured(kind=0.1), [an_end("promoted"), an_end("refused")], ["the missing kind rises by 0.15"]),
-        (measured(lost=-0.02), [an_end("promoted"), an_end("refused")], [f"nothing is lost: {d.EVERYTHING_ELSE}"]),
+        (measured(lost=-0.02), [an_end("promoted"), an_end("refused")], [f"nothing is lost: {d.TEST_SPLIT}"]),
         (measured(), [an_end("rolled back"), an_end("refused")], ["the better model is promoted"]),
         (measured(), [an_end("promoted"), an_end("promoted")], ["poison does not get through"]),
         (measured(), [an_end("promoted"), None], ["poison does not get through"]),
