@@ -14,6 +14,7 @@ requirements.lock.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tomllib
@@ -122,8 +123,20 @@ def run(reports: Path = REPORTS) -> list[str]:
     said.append(
         f"core licences: {len(core)} packages, " + (f"{len(wrong)} to look at: {'; '.join(wrong)}" if wrong else "all permitted")
     )
-    said.append(_tool("known weaknesses", known, reports / "audit.json"))
+    said.append(_tool("known weaknesses", known, reports / "audit.json") + looked_up(reports / "audit.json"))
     return said
+
+
+def looked_up(result: Path) -> str:
+    """How many packages the advisory service knew: pip-audit passes in silence over those it could not ask about."""
+    if not result.exists():
+        return ""
+    packages = json.loads(result.read_text(encoding="utf-8"))["dependencies"]
+    weak = [package["name"] for package in packages if package.get("vulns")]
+    asked = sum("skip_reason" not in package for package in packages)
+    return f"; {asked} of {len(packages)} packages could be looked up, {len(weak)} with known weaknesses" + (
+        f": {', '.join(weak)}" if weak else ""
+    )
 
 
 def _tool(what: str, arguments: Sequence[str], result: Path) -> str:

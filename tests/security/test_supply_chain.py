@@ -13,7 +13,7 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from shared import audit
-from shared.audit import core_packages, licence_of, licence_problem, pins
+from shared.audit import core_packages, licence_of, licence_problem, looked_up, pins
 from shared.errors import UserError
 from shared.settings import ROOT
 
@@ -79,6 +79,14 @@ def test_a_tool_that_cannot_reach_its_service_is_one_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_packages_that_could_not_be_looked_up_are_counted(tmp_path: Path) -> None:
+    result = tmp_path / "audit.json"
+    assert looked_up(result) == ""
+    packages = [{"name": "a", "vulns": []}, {"name": "b", "vulns": [{"id": "X-1"}]}, {"name": "c", "skip_reason": "not found"}]
+    result.write_text(json.dumps({"dependencies": packages}), encoding="utf-8")
+    assert looked_up(result) == "; 2 of 3 packages could be looked up, 1 with known weaknesses: b"
+
+
 def test_the_audit_writes_its_reports(tmp_path: Path) -> None:
     pytest.importorskip("pip_audit")
     said = audit.run(tmp_path)
