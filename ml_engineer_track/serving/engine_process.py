@@ -24,6 +24,7 @@ from typing import Any
 
 from ml_engineer_track.serving.engine import Engine, Finish, Generation, Job, Stream, Token
 from shared.errors import UserError
+from shared.level_memory import keep_memory_level
 
 #: how long a process may take to end by itself once its pipe is closed
 END_SECONDS = 5.0
@@ -146,6 +147,7 @@ def work(make: Callable[[], Engine], pipe: Connection) -> None:
     """Load, then step until the pipe is closed. Signals are the server's: it drains first and closes the pipe last."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    keep_memory_level()  # a limit set in the server's process is not inherited
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         engine = make()
         try:
