@@ -219,6 +219,9 @@ class Engine(ABC):
     def do_recover(self) -> None:
         """After a step that failed: nothing is running any more; be ready for new jobs."""
 
+    def do_rest(self) -> None:  # noqa: B027
+        """Nothing runs and nothing waits: time for what would hold up a batch."""
+
     def emit(self, job: Job, tokens: Sequence[Token], finish: Finish | None = None) -> None:
         """Hand tokens to a job's stream; with `finish`, the job is over."""
         job.tokens.extend(token.id for token in tokens)
@@ -258,6 +261,11 @@ class Engine(ABC):
             if before and (done := before - len(self.running)) > 0:
                 seconds = (time.perf_counter() - started) * before / done
                 self._seconds_per_job = 0.9 * self._seconds_per_job + 0.1 * max(seconds, self._seconds_per_job / 2)
+            if not (self.running or self.waiting or self._closing):
+                try:
+                    self.do_rest()
+                except Exception as error:
+                    self._fail(error)
         for job in [*self.running, *self.waiting]:
             self.emit(job, [], "cancelled")
         self._deliver()

@@ -173,6 +173,8 @@ class Worker:
         """Until the pipe is closed, which is an EOFError or BrokenPipeError."""
         while True:
             while not self.jobs or self.pipe.poll():
+                if not self.jobs and not self.pipe.poll():
+                    self.rest()
                 self.obey(self.pipe.recv())
             try:
                 self.engine.do_step()
@@ -180,6 +182,12 @@ class Worker:
                 self.fail(error)
             else:
                 self.tell()
+
+    def rest(self) -> None:
+        try:
+            self.engine.do_rest()
+        except Exception as error:  # whoever comes next is told, and finds an engine that has recovered
+            self.fail(error)
 
     def obey(self, order: Begin | Stop | Recover) -> None:
         if isinstance(order, Recover):

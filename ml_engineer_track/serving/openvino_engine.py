@@ -53,6 +53,9 @@ DRAFT_TOKENS = 4
 #: Prepared kernels kept, one for every length of prompt met in each kind of layer. OpenVINO's own limit, 5,000, is some 2 MB for
 #: each new length and grows for hours; with 128 memory stays level and a step takes no longer (measured on this CPU engine).
 KERNELS_KEPT = 128
+#: Grammars asked of a pipeline before it is built anew, in the next moment without a request: it keeps every compiled one (some
+#: kilobytes each; one cannot tell it to forget), and quotations ask for new ones all day.
+GRAMMARS_KEPT = 10_000
 #: Longest prompt with choice a scored request may have: the second pipeline has a cache of its own.
 SCORED_TOKENS = 4096
 #: Up to this size of the model file the second pipeline is loaded at the start instead of stopping everybody later.
@@ -94,6 +97,7 @@ class OpenVinoEngine(Engine):
         self.scoring: Any = None
         self.to_score: deque[tuple[Job, int]] = deque()
         self.number = 0
+        self.grammars = 0
 
     def check(self, generation: Generation) -> None:
         if generation.constraint is not None and generation.constraint.literal:
@@ -173,6 +177,11 @@ class OpenVinoEngine(Engine):
         spare = 1 if self.draft is None else 1 + self.max_running
         self.pipeline = self.load(self.capacity_tokens // BLOCK + spare, prefix_caching=True, draft=self.draft)
 
+    def do_rest(self) -> None:
+        if self.grammars >= GRAMMARS_KEPT:
+            self.grammars = 0
+            self.do_recover()
+
     def ask(self, prompt: list[int], max_tokens: int, wanted: Generation, ebnf: str | None) -> Any:
         """Queue a prompt in the pipeline; a handle to read it by."""
         import openvino_genai
@@ -187,6 +196,7 @@ class OpenVinoEngine(Engine):
         if wanted.ignore_eos:
             config.stop_token_ids = set()
         if ebnf is not None:
+            self.grammars += 1
             config.structured_output_config = openvino_genai.StructuredOutputConfig(grammar=ebnf)
         return self.add(self.pipeline, prompt, config)
 

@@ -29,8 +29,8 @@ from shared.settings import Settings
 KEYS = ("grounded/evidence_f1", "free/evidence_f1", "grounded/correct_refusal", "grounded/decision_accuracy")
 
 
-def scores_of(name: str, value: float) -> Scores:
-    return Scores(name, {k: Estimate(value=value, low=value - 0.1, high=value + 0.1, n=9) for k in KEYS}, [])
+def scores_of(name: str, value: float, rows: int = 900) -> Scores:
+    return Scores(name, {k: Estimate(value=value, low=value - 0.1, high=value + 0.1, n=rows) for k in KEYS}, [])
 
 
 def figures_of(times: dict[str, float], gpu: str | None = None) -> dict[str, Any]:
@@ -224,9 +224,14 @@ def test_a_cpu_gets_the_smallest_served_variant_that_keeps_its_quality(
     assert pub.recommend(scores, measured_on_gpu, sizes) == {"cpu": chosen, "cuda": "bf16"}
 
 
-@pytest.mark.parametrize(("value", "kept"), [(0.5, True), (0.485, True), (0.484, False), (0.6, True)])
+@pytest.mark.parametrize(("value", "kept"), [(0.5, True), (0.485, True), (0.48, False), (0.6, True)])
 def test_quality_is_kept_at_97_percent_of_the_merged_model(value: float, kept: bool) -> None:
     assert pub.keeps_quality(scores_of("nf4", value), scores_of("bf16", 0.5)) is kept
+
+
+@pytest.mark.parametrize(("wrong", "kept"), [(0, True), (1, True), (2, False)])
+def test_one_row_of_few_does_not_decide_who_serves_the_model(wrong: int, kept: bool) -> None:
+    assert pub.keeps_quality(scores_of("q8_0", (11 - wrong) / 16, 16), scores_of("bf16", 11 / 16, 16)) is kept
 
 
 def test_the_recommendation_is_for_the_first_batch_size_that_was_measured() -> None:

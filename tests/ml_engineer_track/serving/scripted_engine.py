@@ -14,6 +14,7 @@ class Scripted(Engine):
     """Answers with 100, 101, ...; a prompt of one of these tokens makes it do something else in its second step."""
 
     FAIL, CRASH, REFUSE, LAST = 1, 2, 3, 9
+    FAILING_REST = 0
     name = "scripted"
 
     def __init__(self, loads: bool = True) -> None:
@@ -44,3 +45,14 @@ class Scripted(Engine):
         job.state = None
 
     def do_recover(self) -> None: ...
+
+    def do_rest(self) -> None:
+        self.rests = getattr(self, "rests", 0) + 1
+        if self.rests == self.FAILING_REST:
+            raise RuntimeError("no rest")
+
+
+class Restless(Scripted):
+    """One that fails the second time it rests."""
+
+    FAILING_REST = 2

@@ -20,6 +20,7 @@ from shared.errors import UserError
 
 sys.path.append(str(Path(__file__).parent))
 Scripted: Any = importlib.import_module("scripted_engine").Scripted
+Restless: Any = importlib.import_module("scripted_engine").Restless
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +123,15 @@ def test_the_process_outlives_the_signals_of_the_server_but_not_the_server(engin
     engine.pipe.close()  # what the system does when the server is gone
     engine.process.join(20)
     assert not engine.alive()
+
+
+def test_a_rest_that_fails_costs_at_most_the_next_request(capfd: pytest.CaptureFixture[str]) -> None:
+    made = EngineProcess(Restless)
+    made.start()
+    try:
+        replies = [asyncio.run(ask(made, 5, 2)) for _ in range(4)]
+        assert [finish for _, finish, _ in replies].count("length") >= 3
+        assert replies[-1] == ([100, 101], "length", None)
+    finally:
+        made.close()
+    assert "no rest" in capfd.readouterr().err
