@@ -75,19 +75,18 @@ class Check(BaseModel):
 
 
 def gate(
-    settings: Settings,
-    current: Path,
-    candidate: Path,
-    exam: Exam,
-    collected: Collected,
-    was: Reading,
-    read: Callable[[], Reading],
+    settings: Settings, current: Path, candidate: Path, exam: Exam, collected: Collected, read: Callable[[Path], Reading]
 ) -> list[Check]:
-    """All checks. A candidate that is not whole is not even asked; `read` says what it answered."""
-    whole = variants_check(current, candidate)
-    if not whole.passed:
-        return [whole]
-    checks = [whole, labels_check(settings, collected), *score_checks(settings, exam, was, read())]
+    """All checks, the cheap ones first: a candidate that is not whole, or was taught what it must not be, is not compared.
+
+    `read` says what a version answered.
+    """
+    checks = [variants_check(current, candidate)]
+    if checks[0].passed:
+        checks.append(labels_check(settings, collected))
+    if not all(check.passed for check in checks):
+        return checks
+    checks += score_checks(settings, exam, read(current), read(candidate))
     return [*checks, parity_check(candidate), latency_check(settings, current, candidate)]
 
 

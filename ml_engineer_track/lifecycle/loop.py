@@ -155,8 +155,7 @@ def make_candidate(settings: Settings, turn: Turn, parent: Path, begun: Begin, e
 
 def examine(settings: Settings, turn: Turn, parent: Path, candidate: Path) -> list[Check]:
     exam: Exam = turn.get("exam", Exam)
-    was = read_once(settings, exam, parent)
-    return gate(settings, parent, candidate, exam, _collected(turn), was, lambda: read_once(settings, exam, candidate))
+    return gate(settings, parent, candidate, exam, _collected(turn), lambda version: read_once(settings, exam, version))
 
 
 def on_trial(settings: Settings, turn: Turn, parent: str, candidate: str, more: More) -> Comparison | None:

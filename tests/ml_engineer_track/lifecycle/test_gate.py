@@ -115,7 +115,7 @@ def test_a_missing_variant_is_refused_before_anything_is_asked(
 ) -> None:
     current = publish_version("m-1")
     candidate = publish_version("m-22", make_current=False, variants=("bf16",))
-    checks = gate(settings, current, candidate, EXAM, labelled([]), a_reading(), lambda: pytest.fail("it was asked"))
+    checks = gate(settings, current, candidate, EXAM, labelled([]), lambda version: pytest.fail("it was asked"))
     assert [str(check) for check in checks] == ["REFUSED variants    q8_0 is missing, and m-1 is served as it"]
 
 
