@@ -54,8 +54,8 @@ DRAFT_TOKENS = 4
 #: each new length and grows for hours; with 128 memory stays level and a step takes no longer (measured on this CPU engine).
 KERNELS_KEPT = 128
 #: Grammars asked of a pipeline before it is built anew, in the next moment without a request: it keeps every compiled one (some
-#: kilobytes each; one cannot tell it to forget), and quotations ask for new ones all day.
-GRAMMARS_KEPT = 10_000
+#: kilobytes each, and cannot be told to forget), and quotations ask for new ones all day.
+GRAMMARS_KEPT = 4_000
 #: Longest prompt with choice a scored request may have: the second pipeline has a cache of its own.
 SCORED_TOKENS = 4096
 #: Up to this size of the model file the second pipeline is loaded at the start instead of stopping everybody later.
