@@ -280,7 +280,8 @@ def test_a_model_is_only_made_where_there_is_none(
     ],
 )
 def test_a_target_that_needs_ray_installs_it_first(target: str, given: list[str], with_ray: bool) -> None:
-    done = subprocess.run(["make", "-n", "-o", "setup", target, *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    command_line = ["make", "--no-print-directory", "-n", "-o", "setup", target, *given]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ("-c torch.txt -c constraints.txt -e '.[ray]'" in done.stdout) == with_ray
     if with_ray:
         assert done.stdout.index("[ray]") < done.stdout.rindex("python -m")
@@ -296,7 +297,8 @@ def test_a_target_that_needs_ray_installs_it_first(target: str, given: list[str]
     ],
 )
 def test_a_target_passes_on_what_it_was_given(target: str, given: list[str], command: str) -> None:
-    done = subprocess.run(["make", "-n", "-o", "setup", target, *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    command_line = ["make", "--no-print-directory", "-n", "-o", "setup", target, *given]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith(f"python -m {command}")
 
 
