@@ -95,6 +95,17 @@ class Trial:
         return not lost and self.ready_again_s is not None and self.as_meant
 
 
+def need_index(artifacts: Path) -> None:
+    """Build the index that the trials copy, where there is none yet. UserError when it cannot be built."""
+    if (artifacts / "index" / "current").exists():
+        return
+    command = [sys.executable, "-m", "ai_engineer_track", "ingest"]
+    done = subprocess.run(command, env=os.environ | {"ARTIFACTS": str(artifacts)}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"there is no index, and none could be built ({last})", str(artifacts), "Run `make ai`")
+
+
 class CannotMountError(UserError):
     """The only reason to skip a trial: this user may not mount a disk that can be filled."""
 
@@ -111,6 +122,7 @@ def faults(settings: Settings, only: Sequence[str] = ()) -> dict[str, Any]:
     """Every trial; writes `artifacts/reports/faults.json` and `.html`. UserError for an unknown fault."""
     if unknown := set(only) - set(FAULTS):
         raise UserError(f"no such fault: {', '.join(sorted(unknown))}", "--only", f"There is: {', '.join(FAULTS)}")
+    need_index(settings.artifacts)
     trials, skipped = [], {}
     for name in tqdm(only or list(FAULTS), desc="  faults", leave=False):
         try:

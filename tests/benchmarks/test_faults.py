@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import faults as f
-from benchmarks.faults import FAULTS, Trial, faults, scribble, sentence, verbatim
+from benchmarks.faults import FAULTS, Trial, faults, need_index, scribble, sentence, verbatim
 from shared import library as lib
 from shared.errors import UserError
+from shared.files import write_text
 from shared.settings import load_settings
 
 
@@ -110,10 +112,20 @@ def test_only_a_disk_that_cannot_be_mounted_is_skipped(tmp_path: Path, monkeypat
         raise (f.CannotMountError if name == "full-disk" else UserError)("it failed")
 
     monkeypatch.setattr(f, "trial", fails)
+    write_text(tmp_path / "index" / "current", "i-1\n")  # nothing is built
     found = faults(load_settings("tiny", artifacts=tmp_path), ["full-disk", "kill-training"])
     assert found["skipped"] == {"full-disk": "it failed"}
     (told,) = found["trials"]
     assert (told["fault"], told["held"], told["note"]) == ("kill-training", False, "failed: it failed")
+
+
+def test_without_an_index_one_is_built_or_one_line_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 2, "", "much ado\nerror: no model. Run `make ml`\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError, match=r"no index, and none could be built \(error: no model. Run `make ml`\)"):
+        need_index(tmp_path)
+    done.returncode = 0
+    need_index(tmp_path)
 
 
 def test_the_sentence_of_an_error_is_found_and_anything_else_is_none() -> None:
