@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,7 +126,12 @@ def exchange(model: torch.nn.Module, now: bool) -> Iterator[None]:
 def adapter_writer(model: PeftModel) -> Callable[[Path], Any]:
     """Collects the adapter from all workers, now; what is returned writes it into a folder."""
     trained = {name: _whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
-    return partial(model.save_pretrained, state_dict=trained)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(str(folder), state_dict=trained)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card: it only names a path of this machine
+
+    return write
 
 
 def read_adapter(model: PeftModel, folder: Path) -> None:
